@@ -1,0 +1,116 @@
+"""Every error that curvscope raises on purpose.
+
+All of them derive from :class:`CurvscopeError`. Where Python has a fitting built-in class
+(``ValueError``, ``MemoryError``, ...) the error derives from that as well, so code that does
+not know curvscope can still catch it. A message says what is wrong and what to do instead.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class CurvscopeError(Exception):
+    """Base class of every error raised on purpose."""
+
+
+class OptionError(CurvscopeError, ValueError):
+    """An argument has a value that the function does not accept."""
+
+
+class ShapeError(CurvscopeError, ValueError):
+    """A vector or matrix does not have the shape that an operator needs."""
+
+
+class ParameterMismatchError(CurvscopeError, ValueError):
+    """Two operators, or an operator and a model, do not speak of the same parameters."""
+
+
+class UnknownBlockError(CurvscopeError, KeyError):
+    """A block name that the operator or problem does not have."""
+
+    def __str__(self) -> str:  # KeyError would show the message in quotes
+        return str(self.args[0]) if self.args else ""
+
+
+class UncoveredError(CurvscopeError, ValueError):
+    """A product was asked of an operator that does not define some of the parameters."""
+
+
+class NotDefinedError(CurvscopeError, ValueError):
+    """A quantity does not exist for this matrix (logarithm of an indefinite determinant, ...)."""
+
+
+class SingularError(CurvscopeError, ValueError):
+    """An inverse was asked of a matrix that has none at this damping."""
+
+
+class ModelError(CurvscopeError, ValueError):
+    """The model cannot be used (no trainable parameters, unknown parameter names, ...)."""
+
+
+class UnsupportedLossError(CurvscopeError, ValueError):
+    """The loss cannot be normalised exactly, or lacks what a matrix needs of it."""
+
+
+class UnsupportedLayerError(CurvscopeError, ValueError):
+    """A method is not defined, or is known to be wrong, for a layer of the model."""
+
+
+class NonDeterministicError(CurvscopeError, ValueError):
+    """Model or data give different values when evaluated twice."""
+
+
+class NonFiniteError(CurvscopeError, ValueError):
+    """NaN or infinity in parameters, activations, loss or a matrix."""
+
+
+class DataError(CurvscopeError, ValueError):
+    """The data are empty, can be read only once, or have an unknown form."""
+
+
+class TargetError(DataError):
+    """Targets do not fit the outputs and the loss."""
+
+
+class BatchNormError(CurvscopeError, ValueError):
+    """``batchnorm="batch"`` cannot be combined with what else was asked."""
+
+
+class MemoryLimitError(CurvscopeError, MemoryError):
+    """A dense object would not fit into the memory that is available."""
+
+
+class BackpackError(CurvscopeError, ValueError):
+    """BackPACK refuses the model, or is known to be wrong for it."""
+
+
+class UnknownProblemError(CurvscopeError, KeyError):
+    """A problem name that is neither in the zoo nor importable."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
+
+
+class OutputError(CurvscopeError, OSError):
+    """Output cannot be written to the given place."""
+
+
+class MissingPackageError(CurvscopeError, ImportError):
+    """An optional package is needed for what was asked."""
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
+    """Return ``" Did you mean 'a' or 'b'?"`` for the closest known names, or ``""``."""
+    close = difflib.get_close_matches(name, list(known), n=count, cutoff=0.4)
+    return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def check_option(argument: str, value: object, allowed: Iterable[object]) -> None:
+    """Raise :class:`OptionError` unless ``value`` is one of ``allowed``."""
+    choices = list(allowed)
+    if value not in choices:
+        hint = nearest(str(value), [c for c in choices if isinstance(c, str)])
+        listing = ", ".join(map(repr, choices))
+        raise OptionError(f"{argument}={value!r} is not one of {listing}.{hint}")

@@ -1,0 +1,60 @@
+"""Memory: how much there is, and refusing what would not fit before allocating it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import torch
+
+from .errors import MemoryLimitError
+
+_CGROUP = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+    ),
+)
+
+
+def available_bytes(device: torch.device | str = "cpu") -> int:
+    """Bytes that can still be allocated on ``device`` (on the CPU within the container's limit)."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(free + cached)
+    free = psutil.virtual_memory().available
+    for limit, used in _CGROUP:
+        try:
+            left = int(Path(limit).read_text()) - int(Path(used).read_text())
+        except (OSError, ValueError):
+            continue
+        free = min(free, max(left, 0))
+    return int(free)
+
+
+def format_bytes(count: float) -> str:
+    """``1536`` -> ``'1.5 KiB'``."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if count < 1024 or unit == "TiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError("unreachable")
+
+
+def require(
+    needed: int, what: str, instead: str, *, device: torch.device | str = "cpu", share: float = 0.8
+) -> None:
+    """Refuse an allocation of ``needed`` bytes that exceeds ``share`` of what is available.
+
+    Raises :class:`~curvscope.errors.MemoryLimitError`, naming ``what`` needs the memory and what to
+    do ``instead``, before anything is allocated.
+    """
+    free = available_bytes(device)
+    if needed > share * free:
+        raise MemoryLimitError(
+            f"{what} needs {format_bytes(needed)} ({needed} bytes), but only "
+            f"{format_bytes(free)} ({free} bytes) are available on {device}. {instead}"
+        )
