@@ -1,0 +1,78 @@
+# make report   a curvature report of a small trained network:  reports/digits-cnn/report.html
+# make test     formatting, lint, types and all tests
+#
+# Both set themselves up on a fresh machine with Python 3.11 or newer: a virtual environment in
+# .venv, and everything that is needed inside it. Afterwards they only work.
+#
+#   make report PROBLEM=digits-resnet OUT=somewhere      another problem, another folder
+#   make test TORCH="torch==2.13.0"                      another build of PyTorch
+
+PYTHON  ?= python3
+VENV    ?= .venv
+TORCH   ?= torch
+PROBLEM ?= digits-cnn
+OUT     ?= reports/$(PROBLEM)
+DATA    ?=
+WORKERS ?= 2
+PYTEST  ?=
+
+BIN   := $(VENV)/bin
+PIP   := $(BIN)/python -m pip install --disable-pip-version-check
+# One stamp per choice of TORCH: asking for another one installs again.
+EMPTY :=
+SPACE := $(EMPTY) $(EMPTY)
+TAG   := $(subst /,_,$(subst $(SPACE),_,$(subst >,-,$(subst <,-,$(subst =,-,$(TORCH))))))
+BASE  := $(VENV)/.installed-$(TAG)
+DEV   := $(VENV)/.installed-dev-$(TAG)
+
+.PHONY: report test lint format types unit bench clean help
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n '1,8s/^# \{0,1\}//p' Makefile
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "curvscope needs Python 3.11 or newer; name one with make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(BASE): pyproject.toml | $(BIN)/python
+	$(PIP) "$(TORCH)" -e .
+	@rm -f $(VENV)/.installed-*
+	@touch $@
+
+# The environment for development has everything that the report needs, too.
+$(DEV): pyproject.toml | $(BIN)/python
+	$(PIP) "$(TORCH)" -e ".[dev]"
+	@rm -f $(VENV)/.installed-*
+	@touch $(BASE) $@
+
+report: $(BASE)
+	$(BIN)/curvscope report $(PROBLEM) --out "$(OUT)" $(if $(DATA),--data "$(DATA)")
+
+test: lint types unit
+
+lint: $(DEV)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+format: $(DEV)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+types: $(DEV)
+	$(BIN)/mypy
+
+# One thread per test process: the processes share the cores, and results do not depend on how
+# many there are.
+unit: $(DEV)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST)
+
+bench: $(BASE)
+	@ls benchmarks/bench_*.py >/dev/null 2>&1 || { echo "benchmarks/ holds no bench_*.py"; exit 1; }
+	@for file in benchmarks/bench_*.py; do \
+	  echo "== $$file"; $(BIN)/python $$file $(if $(DATA),--data "$(DATA)") || exit 1; done
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
+	find curvscope tests -name __pycache__ -type d -prune -exec rm -rf {} +
