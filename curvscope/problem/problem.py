@@ -1,0 +1,528 @@
+"""Problem: model, loss, data, and the blocks that the model's parameters fall into."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import (
+    BatchNormError,
+    DataError,
+    ModelError,
+    NonDeterministicError,
+    NonFiniteError,
+    OptionError,
+    TargetError,
+    UnsupportedLossError,
+    check_option,
+    nearest,
+)
+from ..operators.base import Layout
+from . import state
+from .blocks import make_blocks, select_parameters
+from .data import Batches, leaves, move, sample_count, select
+from .recognise import Reduction, recognise
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Values of all parameters and buffers at one moment."""
+
+    parameters: list[Tensor]
+    buffers: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What one pass over the data says: sizes and the objective."""
+
+    samples: int
+    terms: float
+    batches: int
+    total: float
+
+
+class Problem:
+    """A model, a loss and data: the objective whose curvature is asked for.
+
+    The objective is ``f(theta) = (1/M) sum_m l_m``, where the ``l_m`` are the terms that the
+    loss's own mean runs over (samples, tokens, pixels; weighted by class weights, without ignored
+    targets) over the whole data, however cut into batches; ``reduction="sum"`` means no division.
+
+    Parameters
+    ----------
+    model
+        Any ``nn.Module``. It is never changed: everything is computed as under ``eval()``, and
+        flags, buffers, gradients, hooks and attributes are as before afterwards.
+    loss
+        A loss of ``torch.nn`` or ``torch.nn.functional``, or a callable
+        ``loss(outputs, targets)`` together with ``reduction=``.
+    data
+        One ``(inputs, targets)`` pair, a list of such pairs, or a ``DataLoader`` whose order does
+        not matter. Samples are counted along the first axis of the first input tensor.
+    blocks
+        ``"layer"`` (a block per module that owns parameters; those of the root module form
+        ``"(root)"``), ``"parameter"``, ``"all"``, or a mapping from block names to parameter
+        names, module names or patterns such as ``"encoder.*"``.
+    params
+        Which trainable parameters take part: names, module names or patterns; an entry that
+        begins with ``"!"`` leaves out. ``None`` takes all.
+    forward
+        ``forward(model, inputs) -> outputs``; by default ``model(inputs)``.
+    unpack
+        ``unpack(batch) -> (inputs, targets)`` for batches that are no pairs.
+    reduction
+        Needed for a callable loss: ``"mean"`` (over samples), ``"sum"``, or
+        ``(outputs, targets) -> count``, what the loss's mean divides by.
+    batchnorm
+        ``"eval"`` uses running statistics; ``"batch"`` those of each batch as given, which couples
+        its samples.
+    device, dtype
+        Where to compute. If either differs from the model's, a private copy of the model is
+        used, kept in step with the user's model.
+
+    Raises errors of :mod:`curvscope.errors`: ``ModelError``, ``DataError``,
+    ``UnsupportedLossError``, ``OptionError``, ``BatchNormError`` at once; ``TargetError``,
+    ``NonFiniteError``, ``NonDeterministicError`` at the first computation, once.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Any,
+        data: Any,
+        *,
+        blocks: str | Mapping[str, str | Sequence[str]] = "layer",
+        params: str | Sequence[str] | None = None,
+        forward: Callable[[nn.Module, Any], Tensor] | None = None,
+        unpack: Callable[[Any], tuple[Any, Any]] | None = None,
+        reduction: Reduction = None,
+        batchnorm: str = "eval",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        name: str | None = None,
+        check: bool = True,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ModelError(f"The model must be an nn.Module, not {type(model).__name__}.")
+        check_option("batchnorm", batchnorm, ("eval", "batch"))
+        self.user_model = model
+        self.name = name or type(model).__name__
+        self.user_loss = loss
+        self.loss = recognise(loss, reduction)
+        self.data = Batches(data, unpack)
+        self.batchnorm = batchnorm
+        self._forward = forward
+        self._unchecked = not check
+        self._facts: Facts | None = None
+        chosen = select_parameters(model, params)
+        if batchnorm == "batch":
+            _refuse_dropout(model)
+        first = next(iter(chosen.values()))
+        self.device = torch.device(device) if device is not None else first.device
+        self.dtype = dtype or first.dtype
+        if not self.dtype.is_floating_point:
+            raise OptionError(f"dtype={dtype} is not a floating-point type.")
+        self.model = self._evaluated_model(device, dtype)
+        by_name = dict(self.model.named_parameters())
+        self.params: dict[str, nn.Parameter] = {n: by_name[n] for n in chosen}
+        self.layout = Layout.of(self.params.items())
+        self.blocks: dict[str, tuple[str, ...]] = make_blocks(tuple(self.params), blocks)
+        self._options = {
+            "blocks": self.blocks,
+            "params": tuple(self.params),
+            "forward": forward,
+            "reduction": reduction,
+            "batchnorm": batchnorm,
+            "device": device,
+            "dtype": dtype,
+            "check": check,
+        }
+
+    # -- model -----------------------------------------------------------------------------------
+
+    def _evaluated_model(
+        self, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> nn.Module:
+        model = self.user_model
+        same = all(
+            (dtype is None or p.dtype == dtype) and (device is None or p.device == self.device)
+            for p in model.parameters()
+        )
+        if same:
+            return model
+        try:
+            return copy.deepcopy(model).to(device=self.device, dtype=self.dtype)
+        except Exception as error:
+            raise ModelError(
+                f"The model cannot be copied for device={device}, dtype={dtype} ({error}). "
+                "Convert it yourself with model.to(...) and leave these arguments out."
+            ) from error
+
+    def _synchronise(self) -> None:
+        if self.model is self.user_model:
+            return
+        with torch.no_grad():
+            for mine, theirs in (
+                (self.model.parameters(), self.user_model.parameters()),
+                (self.model.buffers(), self.user_model.buffers()),
+            ):
+                for target, source in zip(mine, theirs, strict=True):
+                    target.copy_(source)
+
+    def snapshot(self) -> Snapshot:
+        """Copy the current values of parameters and buffers."""
+        self._synchronise()
+        return Snapshot(
+            [p.detach().clone() for p in self.model.parameters()],
+            [b.detach().clone() for b in self.model.buffers()],
+        )
+
+    @contextmanager
+    def session(self, at: Snapshot | None = None) -> Iterator[None]:
+        """Evaluate inside: eval flags, states preserved, optionally at an earlier snapshot."""
+        if at is None:
+            self._synchronise()
+        with ExitStack() as stack:
+            stack.enter_context(self.data.preserved())
+            stack.enter_context(state.evaluation(self.model, batchnorm=self.batchnorm))
+            if at is not None:
+                parameters = list(self.model.parameters())
+                stack.enter_context(state.values_at(parameters, at.parameters))
+                with torch.no_grad():
+                    for buffer, value in zip(self.model.buffers(), at.buffers, strict=True):
+                        if not torch.equal(buffer, value):
+                            buffer.copy_(value)
+            yield
+
+    # -- data ------------------------------------------------------------------------------------
+
+    def batches(self, seed: int = 0) -> Iterator[tuple[Any, Any]]:
+        """Batches on the problem's device and dtype, always in the same order for a ``seed``.
+
+        To be iterated inside a :meth:`session`, which puts the random states back.
+        """
+        seen = 0
+        self.data.seed(seed)
+        for inputs, targets in self.data:
+            seen += 1
+            yield move(inputs, self.device, self.dtype), move(targets, self.device, self.dtype)
+        if not seen:
+            raise DataError("The data are empty: iterating them gives no batch.")
+
+    def outputs(self, inputs: Any) -> Tensor:
+        """The model's outputs for one batch (inside a :meth:`session`)."""
+        if self._forward is not None:
+            outputs = self._forward(self.model, inputs)
+        elif isinstance(inputs, Mapping) or type(inputs) in (tuple, list):
+            outputs = self._call_unpacked(inputs)
+        else:
+            outputs = self.model(inputs)
+        if not isinstance(outputs, Tensor):
+            raise ModelError(
+                f"The model returned {type(outputs).__name__}, not a tensor: say what the outputs "
+                "are with forward=lambda model, inputs: ..."
+            )
+        return outputs
+
+    def _call_unpacked(self, inputs: Any) -> Any:
+        try:
+            return self.model(inputs)
+        except (TypeError, AttributeError) as error:
+            raise ModelError(
+                f"The model cannot be called with inputs of type {type(inputs).__name__} "
+                f"({error}). Say how with forward=lambda model, inputs: model(*inputs) or "
+                "model(**inputs)."
+            ) from error
+
+    def count_samples(self, inputs: Any, targets: Any) -> int:
+        return sample_count(inputs, targets)
+
+    def sum_over_batches(
+        self, function: Callable[[Any, Any], Any], *, at: Snapshot | None = None
+    ) -> Any:
+        """Sum ``function(inputs, targets)`` (a tensor or nested tuple of them) over the data.
+
+        Every quantity that is additive over batches goes through here, unnormalised; the caller
+        multiplies by :attr:`scale` once. A reduction over processes belongs at the end.
+        """
+        total: Any = None
+        with self.session(at):
+            for inputs, targets in self.batches():
+                value = function(inputs, targets)
+                total = value if total is None else _add(total, value)
+        return total
+
+    # -- facts -----------------------------------------------------------------------------------
+
+    def check(self) -> Facts:
+        """Evaluate twice, once per problem: sizes, finite values, determinism.
+
+        Raises ``NonFiniteError`` (naming the first parameter or layer with NaN or infinity),
+        ``TargetError``, ``DataError``, ``NonDeterministicError``.
+        """
+        if self._facts is not None:
+            return self._facts
+        self._check_finite_parameters()
+        first = self._pass(seed=0)
+        if not self._unchecked:
+            self._check_repeats(first)
+        if first.terms <= 0:
+            raise DataError(
+                "The data have no term: all targets are ignored or have weight zero, so the mean "
+                "is not defined. Check ignore_index= and the class weights."
+            )
+        self._facts = first
+        return first
+
+    def _check_finite_parameters(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            if not bool(torch.isfinite(parameter).all()):
+                bad = int((~torch.isfinite(parameter)).sum())
+                raise NonFiniteError(
+                    f"Parameter {name!r} has {bad} entries that are NaN or infinite. Restore a "
+                    "checkpoint from before they appeared."
+                )
+
+    def _pass(self, seed: int) -> Facts:
+        samples, terms, count, total = 0, 0.0, 0, 0.0
+        with self.session(), torch.no_grad():
+            for inputs, targets in self.batches(seed):
+                outputs = self.outputs(inputs)
+                self.loss.check(outputs, targets)
+                value = self.batch_total(outputs, targets)
+                if not bool(torch.isfinite(value)):
+                    self._blame(inputs, count, float(value))
+                if count == 0:
+                    self._check_callable(inputs, targets, value)
+                samples += sample_count(inputs, targets)
+                terms += self.loss.count(outputs, targets)
+                total += float(value)
+                count += 1
+        return Facts(samples, terms, count, total)
+
+    def batch_total(self, outputs: Tensor, targets: Any) -> Tensor:
+        """Unnormalised loss of a batch; errors of the loss become ``TargetError``."""
+        try:
+            value = self.loss.total(outputs, targets)
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            raise TargetError(
+                f"The loss {self.loss.name} failed on outputs of shape {list(outputs.shape)}: "
+                f"{error}. Check the targets, or say how to call the model with forward=."
+            ) from error
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise UnsupportedLossError(
+                f"The loss {self.loss.name} returned {shape}, not one number: let it return "
+                "the mean or the sum, and say which with reduction=."
+            )
+        return value.reshape(())
+
+    def _check_callable(self, inputs: Any, targets: Any, whole: Tensor) -> None:
+        """A plain callable must be a sum, or a mean over its count, of terms."""
+        samples = sample_count(inputs, targets)
+        if self.loss.likelihood is not None or samples < 2 or self._unchecked:
+            return
+        if self.batchnorm == "batch":
+            return
+        parts = (torch.arange(0, samples // 3 or 1), torch.arange(samples // 3 or 1, samples))
+        value = torch.zeros((), dtype=torch.float64)
+        for part in parts:
+            chosen = select(inputs, part, samples), select(targets, part, samples)
+            outputs = self.outputs(chosen[0])
+            value = value + self.batch_total(outputs, chosen[1]).double().cpu()
+        scale = max(abs(float(whole)), abs(float(value)), 1e-30)
+        if abs(float(value) - float(whole)) > 1e3 * torch.finfo(self.dtype).eps ** 0.75 * scale:
+            raise UnsupportedLossError(
+                f"The loss {self.loss.name!r} with reduction={self.loss.reduction!r} is not "
+                "additive over samples: two parts of a batch give "
+                f"{float(value):.8g} in sum, the whole {float(whole):.8g}. If its mean runs over "
+                "something else than samples (tokens, pixels, targets not ignored), give "
+                "reduction=lambda outputs, targets: <that number>; a loss that couples samples "
+                "cannot be normalised over batches."
+            )
+
+    def _check_repeats(self, first: Facts) -> None:
+        second = self._pass(seed=1)
+        if (second.samples, second.terms) != (first.samples, first.terms):
+            raise NonDeterministicError(
+                f"Two passes over the data gave {first.samples} and {second.samples} samples "
+                f"({first.terms:g} and {second.terms:g} terms). Use a DataLoader that gives every "
+                "sample in every pass (no random sampler, no drop_last with shuffling), or list(loader)."
+            )
+        scale = max(abs(first.total), abs(second.total), 1e-30)
+        tolerance = 50 * torch.finfo(self.dtype).eps * max(1.0, first.samples**0.5)
+        if abs(first.total - second.total) > tolerance * scale:
+            raise NonDeterministicError(
+                f"Two evaluations of the loss gave {first.total:.9g} and {second.total:.9g}. "
+                "Either the data change from pass to pass (random augmentation: use list(loader)), "
+                "or the model draws random numbers under eval() (functional dropout without "
+                "training=self.training, noise layers: switch it off)"
+                + (
+                    ', or, under batchnorm="batch", the loader shuffles samples between batches.'
+                    if self.batchnorm == "batch"
+                    else "."
+                )
+            )
+
+    def _blame(self, inputs: Any, batch: int, value: float) -> None:
+        """Raise ``NonFiniteError`` naming the first module whose output is not finite."""
+        if any(not bool(torch.isfinite(x).all()) for x in leaves(inputs) if x.is_floating_point()):
+            raise NonFiniteError(f"The inputs of batch {batch} contain NaN or infinity.")
+        found: list[str] = []
+        handles = []
+        for name, module in self.model.named_modules():
+            if next(module.children(), None) is not None:
+                continue
+
+            def hook(_m: Any, _i: Any, out: Any, name: str = name) -> None:
+                bad = any(
+                    not bool(torch.isfinite(x).all()) for x in leaves(out) if x.is_floating_point()
+                )
+                if bad and not found:
+                    found.append(name or "(root)")
+
+            handles.append(module.register_forward_hook(hook))
+        try:
+            self.outputs(inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        where = (
+            f"The first layer with a NaN or infinite output is {found[0]!r}."
+            if found
+            else "All layers are finite, so the loss itself overflows or gets invalid targets."
+        )
+        raise NonFiniteError(f"The loss of batch {batch} is {value}. {where}")
+
+    @property
+    def n_samples(self) -> int:
+        return self.check().samples
+
+    @property
+    def n_terms(self) -> float:
+        """``M``: what the loss's mean divides by over the whole data."""
+        return self.check().terms
+
+    @property
+    def scale(self) -> float:
+        """``1/M`` for a mean, 1 for a sum."""
+        return 1.0 if self.loss.reduction == "sum" else 1.0 / self.check().terms
+
+    def objective(self) -> float:
+        """``f(theta)`` at the current parameters."""
+        self.check()
+        return self._pass(seed=0).total * self.scale
+
+    def gradient(self) -> Tensor:
+        """Gradient of the objective, flat ``[P]``."""
+        self.check()
+        parameters = list(self.params.values())
+
+        def one(inputs: Any, targets: Any) -> Tensor:
+            total = self.batch_total(self.outputs(inputs), targets)
+            return flat_gradient(total, parameters)
+
+        return self.scale * self.sum_over_batches(one)
+
+    # -- more ------------------------------------------------------------------------------------
+
+    def subset(self, n: int, seed: int = 0) -> Problem:
+        """The same problem on ``n`` samples drawn without replacement, in as many batches as hold them.
+
+        Raises ``OptionError`` unless ``1 <= n <= n_samples``.
+        """
+        samples = self.n_samples
+        if not 1 <= n <= samples:
+            raise OptionError(f"subset({n}): the problem has {samples} samples.")
+        generator = torch.Generator().manual_seed(seed)
+        chosen = torch.randperm(samples, generator=generator)[:n].sort().values
+        parts, start = [], 0
+        with state.random_state(), self.data.preserved():
+            self.data.seed(0)
+            for inputs, targets in self.data:
+                size = sample_count(inputs, targets)
+                mine = chosen[(chosen >= start) & (chosen < start + size)] - start
+                if len(mine):
+                    parts.append((select(inputs, mine, size), select(targets, mine, size)))
+                start += size
+        return self.with_data(parts)
+
+    def with_data(self, data: Any) -> Problem:
+        """The same problem on other data, a list of ``(inputs, targets)`` pairs or a loader."""
+        return Problem(
+            self.user_model, self.user_loss, data, name=self.name, **self._options
+        )  # type: ignore[arg-type]
+
+    def describe(self) -> str:
+        """One sentence: model, sizes, loss."""
+        facts = self.check()
+        return (
+            f"{self.name}: {self.layout.numel:,} parameters in {len(self.blocks)} blocks, "
+            f"{facts.samples:,} samples in {facts.batches} batches, {self.loss.name} "
+            f"({self.loss.reduction} over {facts.terms:g} terms), {str(self.dtype)[6:]} on "
+            f"{self.device}"
+        )
+
+    def block_names(self, wanted: Iterable[str] | None) -> list[str]:
+        """Validate block names (``None``: all). Raises ``UnknownBlockError``."""
+        from ..errors import UnknownBlockError
+
+        names = list(self.blocks) if wanted is None else list(wanted)
+        for entry in names:
+            if entry not in self.blocks:
+                raise UnknownBlockError(
+                    f"There is no block {entry!r}.{nearest(entry, self.blocks)} "
+                    f"Blocks: {', '.join(self.blocks)}."
+                )
+        return names
+
+    def __repr__(self) -> str:
+        return (
+            f"Problem({self.name!r}, {self.layout.numel} parameters, blocks="
+            f"{list(self.blocks)}, loss={self.loss.name!r})"
+        )
+
+
+def flat_gradient(
+    value: Tensor, parameters: Sequence[Tensor], *, create_graph: bool = False
+) -> Tensor:
+    """``d value / d parameters`` as one vector; parameters without influence give zeros."""
+    if not value.requires_grad:
+        return torch.cat([torch.zeros_like(p).reshape(-1) for p in parameters])
+    gradients = torch.autograd.grad(
+        value, parameters, create_graph=create_graph, allow_unused=True
+    )
+    return torch.cat(
+        [
+            (torch.zeros_like(p) if g is None else g).reshape(-1)
+            for p, g in zip(parameters, gradients, strict=True)
+        ]
+    )
+
+
+def _add(left: Any, right: Any) -> Any:
+    if isinstance(left, tuple):
+        return tuple(_add(a, b) for a, b in zip(left, right, strict=True))
+    return left + right
+
+
+def _refuse_dropout(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        rate = getattr(module, "p", 0.0) if isinstance(module, nn.modules.dropout._DropoutNd) else 0
+        if not rate and isinstance(module, nn.MultiheadAttention | nn.RNNBase):
+            rate = module.dropout
+        if rate and module.training:
+            raise BatchNormError(
+                f'batchnorm="batch" with active dropout is not defined: layer {name!r} drops with '
+                f"p={rate}. Switch it off (module.eval() or p=0), or use batchnorm=\"eval\"."
+            )
+
+
+
