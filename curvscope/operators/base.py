@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import numbers
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -13,96 +14,24 @@ import torch
 from torch import Tensor
 
 from .. import memory
-from ..errors import OptionError, ParameterMismatchError, ShapeError
+from ..errors import (
+    NonFiniteError,
+    OptionError,
+    ParameterMismatchError,
+    ShapeError,
+    UncoveredError,
+    nearest,
+)
+from .parameters import Layout, ParameterSpec, Provenance
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
 
+    from .view import MatrixView
+
+__all__ = ["Layout", "Operator", "ParameterSpec", "Provenance"]
+
 _NO_BLOCKS: Mapping[str, Operator] = MappingProxyType({})
-
-
-@dataclass(frozen=True)
-class ParameterSpec:
-    """Name and shape of one parameter: the identity by which operators are aligned."""
-
-    name: str
-    shape: tuple[int, ...]
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-
-class Layout(tuple[ParameterSpec, ...]):
-    """The parameters behind the rows of an operator, in order, each flattened row-major."""
-
-    __slots__ = ()
-
-    @classmethod
-    def of(cls, named: Iterable[tuple[str, Tensor]]) -> Layout:
-        return cls(ParameterSpec(name, tuple(p.shape)) for name, p in named)
-
-    @property
-    def numel(self) -> int:
-        return sum(spec.numel for spec in self)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(spec.name for spec in self)
-
-    def slices(self) -> dict[str, slice]:
-        """Rows of each parameter."""
-        rows, start = {}, 0
-        for spec in self:
-            rows[spec.name] = slice(start, start + spec.numel)
-            start += spec.numel
-        return rows
-
-    def restrict(self, names: Sequence[str]) -> Layout:
-        """The layout of some of the parameters, in this layout's order."""
-        missing = set(names) - set(self.names)
-        if missing:
-            raise ParameterMismatchError(
-                f"The parameters {sorted(missing)} are not among {list(self.names)}."
-            )
-        return Layout(spec for spec in self if spec.name in set(names))
-
-    def index(self, names: Sequence[str]) -> Tensor:
-        """Row numbers ``[d]`` of the named parameters, in this layout's order."""
-        rows = self.slices()
-        wanted = set(self.restrict(names).names)
-        parts = [torch.arange(r.start, r.stop) for n, r in rows.items() if n in wanted]
-        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)
-
-    def split(self, vector: Tensor) -> dict[str, Tensor]:
-        """Cut ``[P]`` or ``[P, k]`` into the parameters' shapes (``k`` stays the last axis)."""
-        return {
-            spec.name: vector[rows].reshape(*spec.shape, *vector.shape[1:])
-            for spec, rows in zip(self, self.slices().values(), strict=True)
-        }
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """Where a matrix came from and what it cost.
-
-    ``what`` is the field's name of the matrix ("Hessian", "GGN", "K-FAC (exact Fisher)");
-    ``route`` the algorithm that computed it; ``exact`` whether it is the matrix itself rather
-    than an approximation or a sample; ``settings`` what gives it again; ``notes`` anything a
-    reader of the numbers must know; ``seconds`` and ``passes`` (backward passes over the data,
-    a double backward counting as two) the cost.
-    """
-
-    what: str = "matrix"
-    route: str = "given"
-    exact: bool = True
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    seconds: float = 0.0
-    passes: float = 0.0
-
-    def with_(self, **changes: Any) -> Provenance:
-        return replace(self, **changes)
 
 
 class Operator(ABC):
@@ -111,17 +40,22 @@ class Operator(ABC):
     Subclasses set ``shape``, ``dtype`` and ``device`` and define :meth:`_matmat`; everything else
     has a correct default, which they replace where their structure gives it cheaper.
 
-    ``layout`` names the parameters behind the rows (``None`` for a bare matrix), ``info`` says
-    where the matrix came from, ``positive_semidefinite`` is ``True`` where that is known by
-    construction and ``None`` where it is not known.
+    ``layout`` names the parameters behind the rows (``None`` for a bare matrix), ``view`` lays
+    them out as the weight matrix on which Kronecker factors act (``None`` where there is none),
+    ``info`` says where the matrix came from, ``positive_semidefinite`` is ``True`` where that is
+    known by construction and ``None`` where it is not known.
     """
 
     shape: tuple[int, int]
     dtype: torch.dtype
     device: torch.device
     layout: Layout | None = None
+    view: MatrixView | None = None
     info: Provenance = Provenance()
     positive_semidefinite: bool | None = None
+
+    _stored = False  # whether tensors and operators among the attributes are the whole matrix
+    __array_ufunc__ = None  # NumPy scalars leave ``scalar * operator`` to the operator
 
     # -- to be given by subclasses ---------------------------------------------------------------
 
@@ -139,22 +73,40 @@ class Operator(ABC):
 
     def frobenius_norm(self) -> float:
         """``sqrt(sum of squared entries)``."""
-        return float(torch.linalg.matrix_norm(self.dense()))
+        return float(torch.linalg.vector_norm(self.dense(), dtype=torch.float64))
 
     def eigenvalues(self) -> Tensor:
         """All eigenvalues ``[P]`` in ascending order. Cost: O(P^3) unless the structure helps."""
         return torch.linalg.eigvalsh(self.dense())
 
     def eigh(self) -> tuple[Tensor, Tensor]:
-        """All eigenvalues ``[P]``, ascending, and orthonormal eigenvectors ``[P, P]`` in columns."""
+        """All eigenvalues ``[P]``, ascending, and eigenvectors as columns ``[P, P]``."""
         values, vectors = torch.linalg.eigh(self.dense())
         return values, vectors
 
-    def inverse(self, damping: float = 0.0) -> Operator:
-        """``(self + damping I)^-1`` as an Operator. Raises ``SingularError`` where there is none."""
+    def _inverse(self, damping: float) -> Operator:
         from .dense import DenseOperator
 
-        return self._copy_facts(DenseOperator(self.dense()).inverse(damping))
+        return DenseOperator(self.dense())._inverse(damping)
+
+    def _scaled(self, factor: float) -> Operator:
+        from .algebra import Scaled
+
+        return Scaled(self, factor)
+
+    def _damped(self, damping: float) -> Operator:
+        from .algebra import Damped
+
+        return Damped(self, damping)
+
+    def _plus(self, other: Operator) -> Operator | None:
+        """``self + other`` in a simpler form than a list of terms, or ``None``."""
+        return None
+
+    def _restricted(self, index: Tensor, layout: Layout) -> Operator:
+        from .wrappers import Restricted
+
+        return Restricted(self, index)
 
     # -- the same for all ------------------------------------------------------------------------
 
@@ -204,7 +156,9 @@ class Operator(ABC):
 
     def trace(self) -> float:
         """Sum of the diagonal."""
-        return float(self.diagonal().sum())
+        from .numerics import total
+
+        return total(self.diagonal())
 
     def inner(self, other: Operator) -> float:
         """Frobenius inner product ``sum_ij self_ij other_ij``."""
@@ -212,37 +166,104 @@ class Operator(ABC):
 
         return inner(self, other)
 
+    def logdet(self, damping: float = 0.0) -> float:
+        """Natural logarithm of the determinant of ``self + damping I``.
+
+        Raises ``NotDefinedError`` unless that matrix is positive definite to working precision.
+        """
+        from .numerics import log_determinant
+
+        return log_determinant(self.eigenvalues(), self._number(damping, "damping"), self.info.what)
+
+    def inverse(self, damping: float = 0.0) -> Operator:
+        """``(self + damping I)^-1`` as an Operator; raises ``SingularError`` if there is none."""
+        twin = self._inverse(self._number(damping, "damping"))
+        shift = f" + {damping:g} I" if damping else ""
+        twin = self._derived(twin, f"inverse of ({self.info.what}{shift})")
+        if damping >= 0 and self.positive_semidefinite:
+            twin.positive_semidefinite = True
+        return twin
+
     def damped(self, damping: float) -> Operator:
         """``self + damping I``."""
-        from .algebra import Damped
+        damping = self._number(damping, "damping")
+        if damping == 0:
+            return self
+        twin = self._derived(self._damped(damping), f"{self.info.what} + {damping:g} I")
+        if damping > 0 and self.positive_semidefinite:
+            twin.positive_semidefinite = True
+        return twin
 
-        return Damped(self, damping)
+    def scaled(self, factor: float) -> Operator:
+        """``factor * self``, of the same class where that can be."""
+        factor = self._number(factor, "factor")
+        twin = self._derived(self._scaled(factor), f"{factor:g} * ({self.info.what})")
+        if factor >= 0 and self.positive_semidefinite:
+            twin.positive_semidefinite = True
+        return twin
+
+    def restrict(self, names: Sequence[str]) -> Operator:
+        """The principal submatrix of some of the parameters, in this operator's order.
+
+        Raises ``ParameterMismatchError`` for unknown names and for an operator without layout.
+        """
+        if self.layout is None:
+            raise ParameterMismatchError(
+                f"This {type(self).__name__} does not know its parameters; "
+                "give it a layout (op.layout = Layout.of(model.named_parameters()))."
+            )
+        names = [names] if isinstance(names, str) else list(names)
+        for name in names:
+            if name not in self.layout.names:
+                raise ParameterMismatchError(
+                    f"This operator has no parameter {name!r}.{nearest(name, self.layout.names)}"
+                )
+        layout = self.layout.restrict(names)
+        if layout == self.layout:
+            return self
+        twin = copy.copy(self._restricted(self.layout.index(names), layout))
+        if self.positive_semidefinite:
+            twin.positive_semidefinite = True
+        twin.layout, twin.info = layout, self.info
+        return twin
+
+    def to(
+        self, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> Operator:
+        """The same matrix in another floating-point type or on another device."""
+        dtype = dtype or self.dtype
+        device = torch.device(device) if device is not None else self.device
+        if dtype == self.dtype and device == self.device:
+            return self
+        if not self._stored:
+            from .wrappers import Converted
+
+            return self._derived(Converted(self, dtype, device), self.info.what)
+        from .numerics import convert
+
+        twin = copy.copy(self)
+        for name, value in vars(self).items():
+            setattr(twin, name, convert(value, dtype, device))
+        twin.dtype, twin.device = dtype, device
+        return twin
 
     def __add__(self, other: Operator) -> Operator:
-        from .algebra import Sum
+        from .algebra import add
 
-        if not isinstance(other, Operator):
-            return NotImplemented
-        return Sum([self, other])
+        return add(self, other) if isinstance(other, Operator) else NotImplemented
 
     def __sub__(self, other: Operator) -> Operator:
-        if not isinstance(other, Operator):
-            return NotImplemented
-        return self + (-1.0) * other
+        return self + (-1.0) * other if isinstance(other, Operator) else NotImplemented
 
     def __mul__(self, factor: float) -> Operator:
-        from .algebra import Scaled
-
         if isinstance(factor, Tensor) and factor.ndim == 0:
             factor = float(factor)
-        if not isinstance(factor, int | float):
-            return NotImplemented
-        return Scaled(self, float(factor))
+        return self.scaled(factor) if isinstance(factor, numbers.Real) else NotImplemented
 
     __rmul__ = __mul__
 
     def __neg__(self) -> Operator:
-        return self * -1.0
+        return self.scaled(-1.0)
 
     def __truediv__(self, factor: float) -> Operator:
         if factor == 0:
@@ -257,16 +278,31 @@ class Operator(ABC):
 
     def with_info(self, **changes: Any) -> Operator:
         """A shallow copy whose provenance is changed."""
-        import copy
-
         twin = copy.copy(self)
         twin.info = self.info.with_(**changes)
         return twin
 
-    def _copy_facts(self, twin: Operator) -> Operator:
-        """Give ``twin`` this operator's layout and provenance; returns ``twin``."""
-        twin.layout, twin.info = self.layout, self.info
+    def _derived(self, twin: Operator, what: str) -> Operator:
+        """A copy of ``twin`` with this operator's parameters and provenance, under another name."""
+        twin = copy.copy(twin)
+        twin.layout, twin.info = self.layout, self.info.with_(what=what)
+        twin.view = self.view if twin.view is None else twin.view
         return twin
+
+    @staticmethod
+    def _number(value: float, argument: str) -> float:
+        number = float(value)
+        if not math.isfinite(number):
+            raise NonFiniteError(f"{argument}={value!r} is not a finite number.")
+        return number
+
+    def _require_covered(self, action: str) -> None:
+        if self.uncovered:
+            raise UncoveredError(
+                f"The {self.info.what} does not define {', '.join(map(repr, self.uncovered))}, so "
+                f"{action} is not defined. Take op.blocks[...] or op.restrict(...), or treat the "
+                "missing rows as zero with op.with_uncovered('zero')."
+            )
 
     def __repr__(self) -> str:
         exact = "exact" if self.info.exact else "approximate"

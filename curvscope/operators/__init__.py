@@ -1,0 +1,39 @@
+"""The matrices themselves: linear algebra by structure, without any knowledge of networks."""
+
+from .algebra import Damped, Scaled, Sum
+from .base import Layout, Operator, ParameterSpec, Provenance
+from .blockdiag import BlockDiagonalOperator, Blocks
+from .dense import DenseOperator, IdentityOperator
+from .diagonal import DiagonalOperator
+from .eigenkronecker import EigenKroneckerOperator
+from .kronecker import DiagonalKroneckerOperator, KroneckerOperator
+from .lowrank import LowRankOperator
+from .matrix_free import FunctionOperator
+from .scipy_bridge import from_scipy, to_scipy
+from .view import MatrixView
+from .wrappers import Converted, Restricted
+
+__all__ = [
+    "BlockDiagonalOperator",
+    "Blocks",
+    "Converted",
+    "Damped",
+    "DenseOperator",
+    "DiagonalKroneckerOperator",
+    "DiagonalOperator",
+    "EigenKroneckerOperator",
+    "FunctionOperator",
+    "IdentityOperator",
+    "KroneckerOperator",
+    "Layout",
+    "LowRankOperator",
+    "MatrixView",
+    "Operator",
+    "ParameterSpec",
+    "Provenance",
+    "Restricted",
+    "Scaled",
+    "Sum",
+    "from_scipy",
+    "to_scipy",
+]
