@@ -1,0 +1,118 @@
+"""Which route computes which block: looked up on one batch, before anything is accumulated.
+
+Routes, from cheap to general (see the module ``exact``):
+
+``"gram"``
+    the block is ``V V^T`` with a column of ``V`` per sample and output;
+``"piecewise-linear"``
+    a Hessian block that equals the Gauss-Newton block;
+``"rows"``
+    a Hessian block ``sum_n H_n (x) a_n a_n^T`` of a layer that acts on rows;
+``"autograd"``
+    double backward through the live parameters, column by column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ..layers import Call
+from ..problem import Problem
+from .piecewise import is_piecewise_linear
+from .recording import Recording, graph_uses
+
+ROUTES = ("gram", "piecewise-linear", "rows", "autograd")
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """How one block's parameters are used, and which routes are valid for it.
+
+    ``weight_calls[p]``/``bias_calls[p]`` are positions in ``Recording.calls``; ``reasons`` says why
+    a route is not valid.
+    """
+
+    name: str
+    names: tuple[str, ...]
+    parameters: tuple[Tensor, ...]
+    calls: tuple[int, ...]
+    routes: tuple[str, ...]
+    reasons: dict[str, str] = field(default_factory=dict)
+    positions: int = 0  # T of a single call, 0 where several calls or other uses
+
+    @property
+    def size(self) -> int:
+        return sum(p.numel() for p in self.parameters)
+
+    def cost(self, route: str) -> float:
+        """Backward passes per batch, up to a common factor."""
+        return float(self.size if route == "autograd" else 0)
+
+
+def uses_of(parameter: Tensor, calls: Sequence[Call]) -> tuple[int, ...]:
+    return tuple(k for k, c in enumerate(calls) if c.weight is parameter or c.bias is parameter)
+
+
+def is_matrix(plan: BlockPlan, recording: Recording) -> bool:
+    """Whether the block is exactly the matrix view ``[W]`` or ``[W b]`` of one call."""
+    if len(plan.calls) != 1:
+        return False
+    call = recording.calls[plan.calls[0]]
+    mine = {id(p) for p in plan.parameters}
+    theirs = {id(p) for p in (call.weight, call.bias) if p is not None}
+    return call.weight is not None and id(call.weight) in mine and mine <= theirs
+
+
+def plan_blocks(
+    problem: Problem, recording: Recording, blocks: dict[str, tuple[str, ...]]
+) -> dict[str, BlockPlan]:
+    """The valid routes of every block on this batch."""
+    parameters = list(problem.params.values())
+    uses = graph_uses(recording.outputs, parameters)
+    log_softmax = bool(getattr(problem.loss, "log_probabilities", False))
+    plans = {}
+    for name, members in blocks.items():
+        own = tuple(problem.params[m] for m in members)
+        found = tuple(sorted({k for p in own for k in uses_of(p, recording.calls)}))
+        reasons: dict[str, str] = {}
+        for member, p in zip(members, own, strict=True):
+            seen = len(uses_of(p, recording.calls))
+            if seen != uses[id(p)]:
+                reasons["gram"] = (
+                    f"{member!r} is used {uses[id(p)]} times, {seen} of them in a layer that "
+                    "curvscope can take apart"
+                )
+        if "gram" not in reasons and not recording.separable_outputs:
+            reasons["gram"] = (
+                f"outputs {list(recording.outputs.shape)} do not start with the "
+                f"{recording.samples} samples"
+            )
+        coupled = [recording.calls[k].kind.name for k in found if recording.axes[k] is None]
+        if "gram" not in reasons and coupled:
+            reasons["gram"] = f"samples influence each other behind {coupled[0]}"
+        plan = BlockPlan(name, members, own, found, (), reasons)
+        routes = ["autograd"]
+        if "gram" not in reasons:
+            routes.insert(0, "gram")
+        positions = 0
+        if len(found) == 1 and "gram" not in reasons:
+            call = recording.calls[found[0]]
+            axis = recording.axes[found[0]]
+            assert axis is not None
+            if is_piecewise_linear(recording.outputs, call.outputs, log_softmax=log_softmax):
+                routes.insert(0, "piecewise-linear")
+            else:
+                reasons["piecewise-linear"] = "what follows the layer is not piecewise linear"
+            if call.kind.rowwise and is_matrix(plan, recording):
+                positions = call.outputs.numel() // (recording.samples * call.outputs.shape[-1])
+                routes.insert(-1, "rows")
+            else:
+                reasons["rows"] = "not the weight (and bias) of one layer that acts on rows"
+        else:
+            reasons.setdefault("piecewise-linear", reasons.get("gram", "several uses"))
+            reasons.setdefault("rows", reasons.get("gram", "several uses"))
+        plans[name] = BlockPlan(name, members, own, found, tuple(routes), reasons, positions)
+    return plans

@@ -1,0 +1,200 @@
+"""Recording how a forward pass uses its parameters.
+
+Layers are recognised by the *function call* in which a parameter appears, not by module type: a
+``TorchFunctionMode`` sees ``F.linear(x, W, b)`` wherever it is written. So subclasses, functional
+code, the projections inside ``MultiheadAttention`` and weights shared by several layers are all
+seen, no hook is ever registered, and in-place activations do no harm.
+
+What was recorded is only believed where it can be proven complete: every use of the parameter in
+the autograd graph must be one of the recorded calls, and the outputs of a call must fall apart
+into samples that do not influence each other.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from ..layers import LAYER_TYPES, Call, SampleAxis, sample_axes
+
+_KEYS = ("kind", "input", "weight", "bias")
+
+
+def _descending(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A twin of a Python function of ``torch.nn.functional`` that runs its body at once.
+
+    The original would hand itself over to the active mode again, without end.
+    """
+
+    def no(*_: Any) -> bool:
+        return False
+
+    overridden = {"has_torch_function": no, "has_torch_function_variadic": no}
+    twin = types.FunctionType(
+        function.__code__,
+        {**function.__globals__, **overridden},
+        function.__name__,
+        function.__defaults__,  # type: ignore[attr-defined]
+        function.__closure__,
+    )
+    twin.__kwdefaults__ = function.__kwdefaults__  # type: ignore[attr-defined]
+    return twin
+
+
+_COMPOSITE = {F.multi_head_attention_forward: _descending(F.multi_head_attention_forward)}
+
+
+class Recorder(TorchFunctionMode):
+    """Collects a :class:`~curvscope.layers.Call` per use of one of the watched parameters."""
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.watched = {id(p) for p in parameters}
+        self.calls: list[Call] = []
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types_: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        keywords = dict(kwargs or {})
+        if func in _COMPOSITE:
+            with self:
+                return _COMPOSITE[func](*args, **keywords)
+        bind = LAYER_TYPES.get(func) if getattr(func, "__hash__", None) else None
+        if bind is None:
+            return func(*args, **keywords)
+        out = func(*args, **keywords)
+        uses = any(id(a) in self.watched for a in (*args, *keywords.values()))
+        if not uses or not isinstance(out, Tensor) or not out.requires_grad:
+            return out
+        bound = bind(args, keywords)
+        if not bound:
+            return out
+        weight, bias = (
+            p if id(p) in self.watched else None for p in (bound["weight"], bound["bias"])
+        )
+        call = Call(
+            kind=bound["kind"],
+            inputs=bound["input"].detach(),
+            outputs=out,
+            weight=weight,
+            bias=bias,
+            options={k: v for k, v in bound.items() if k not in _KEYS},
+        )
+        self.calls.append(call)
+        # the clone keeps `out` intact when the model goes on to change it in place
+        return out.clone()
+
+
+@dataclass
+class Recording:
+    """One batch's forward pass: outputs in the graph, the calls, and what is known of them."""
+
+    outputs: Tensor
+    targets: Any
+    samples: int
+    calls: list[Call]
+    axes: list[SampleAxis | None] = field(default_factory=list)
+    separable_outputs: bool = True
+
+    def gradients(self, cotangent: Tensor) -> list[Tensor | None]:
+        """``d <outputs, cotangent> / d z`` for every call; ``None`` without influence."""
+        if not self.calls:
+            return []
+        return list(
+            torch.autograd.grad(
+                self.outputs,
+                [call.outputs for call in self.calls],
+                cotangent,
+                retain_graph=True,
+                allow_unused=True,
+            )
+        )
+
+
+def record(
+    forward: Callable[[], Tensor], parameters: Iterable[Tensor], targets: Any, samples: int
+) -> Recording:
+    """Run ``forward`` and record every use of ``parameters``, cut into samples where possible."""
+    recorder = Recorder(parameters)
+    with recorder:
+        outputs = forward()
+    recording = Recording(outputs, targets, samples, recorder.calls)
+    _find_samples(recording)
+    return recording
+
+
+def _masks(samples: int) -> list[Tensor]:
+    """Two different ways to part the samples, each side non-empty."""
+    index = torch.arange(samples)
+    generator = torch.Generator().manual_seed(samples)
+    shuffled = torch.randperm(samples, generator=generator)
+    half = torch.zeros(samples, dtype=torch.bool)
+    half[shuffled[: max(samples // 2, 1)]] = True
+    return [index % 2 == 0, half]
+
+
+def _find_samples(recording: Recording) -> None:
+    """Decide, call by call, along which axis the samples lie, by what influences what.
+
+    Outputs of some of the samples get random cotangents; a cut into samples is right if the
+    gradients of the other samples are exactly zero.
+    """
+    n, outputs = recording.samples, recording.outputs
+    if outputs.ndim == 0 or outputs.shape[0] % n:
+        recording.separable_outputs = False
+        recording.axes = [None] * len(recording.calls)
+        return
+    candidates = [call.candidates(n) for call in recording.calls]
+    generator = torch.Generator().manual_seed(0)
+    fold = outputs.shape[0] // n
+    for mask in _masks(n) if n > 1 else ():  # a single sample owns every position
+        kept = mask.repeat_interleave(fold).to(outputs.device)
+        noise = torch.randn(outputs.shape, generator=generator, dtype=torch.float64)
+        cotangent = noise.to(outputs) * kept.reshape(-1, *[1] * (outputs.ndim - 1))
+        gradients = recording.gradients(cotangent)
+        outside = (~mask).to(outputs.device)
+        for k, gradient in enumerate(gradients):
+            if gradient is None:
+                continue
+            candidates[k] = [
+                axis
+                for axis in candidates[k]
+                if not bool(axis.first(gradient, n)[outside].any())
+            ]
+    recording.axes = [found[0] if found else None for found in candidates]
+
+
+def graph_uses(outputs: Tensor, parameters: Iterable[Tensor]) -> dict[int, int]:
+    """How often each parameter (by ``id``) enters the autograd graph of ``outputs``."""
+    accumulators: dict[Any, int] = {}
+    for p in parameters:
+        view = p.view_as(p)
+        accumulators[view.grad_fn.next_functions[0][0]] = id(p)  # type: ignore[union-attr]
+    uses = dict.fromkeys(accumulators.values(), 0)
+    seen: set[Any] = set()
+    stack = [outputs.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        for follower, _ in node.next_functions:
+            if follower in accumulators:
+                uses[accumulators[follower]] += 1
+            elif follower is not None:
+                stack.append(follower)
+    return uses
+
+
+__all__ = ["Recorder", "Recording", "graph_uses", "record", "sample_axes"]
