@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import NotDefinedError, OptionError, check_option
 from ..problem import Problem
 from .datasets import Dataset
-from .recipes import Recipe, fit, private_randomness
+from .recipes import Recipe, fit, private_randomness, threads
 from .registry import Entry, entry
 
 Batch = tuple[Tensor, Tensor]
@@ -56,23 +56,23 @@ class ZooProblem(Problem):
     ) -> list[float]:
         """Train from fresh initial weights by the recipe; returns the mean loss of every epoch.
 
-        The weights of ``self.model`` are replaced in place and depend only on the recipe,
+        The weights of ``self.user_model`` are replaced in place and depend only on the recipe,
         ``epochs`` and ``seed`` (default: the recipe's), not on what they were before: the same
-        call gives the same bits with the same number of threads. Training itself is in float32,
-        on the model's device; the global random state is left alone. Raises ``NonFiniteError``,
+        call gives the same bits (beyond the digits: with the same number of threads). Training
+        itself is in float32, on the model's device; the global random state is left alone. Raises ``NonFiniteError``,
         with the weights as they were, when it diverges.
         """
-        changes = {"epochs": epochs, "seed": seed}
         recipe = dataclasses.replace(
-            self.recipe, **{k: v for k, v in changes.items() if v is not None}
+            self.recipe,
+            epochs=self.recipe.epochs if epochs is None else epochs,
+            seed=self.recipe.seed if seed is None else seed,
         )
-        device = next(self.model.parameters()).device
-        with private_randomness(recipe.seed) as generator:
+        device = next(self.user_model.parameters()).device
+        with threads(self._entry.threads), private_randomness(recipe.seed) as generator:
             fresh = self._entry.model(self.dataset).to(device)
             loss = self._entry.loss().to(device)
             history = fit(fresh, loss, self.dataset.train, recipe, generator, progress=progress)
-        with torch.no_grad():
-            self.model.load_state_dict(fresh.state_dict())
+        self.user_model.load_state_dict(fresh.state_dict())
         self.history = history
         return list(history)
 
@@ -140,15 +140,13 @@ def load(
     recipe = dataclasses.replace(origin.recipe, seed=seed)
     with private_randomness(seed):
         dataset = origin.data(data)
-        model = origin.model(dataset)
-    batches = _batches(dataset, origin, samples)
-    if dtype is not None:
-        model.to(dtype)
+        batches = _batches(dataset, origin, samples)
+        model = origin.model(dataset).to(dtype or torch.float32).eval()
         batches = [(_cast(inputs, dtype), _cast(targets, dtype)) for inputs, targets in batches]
-    model.eval()
-    problem = ZooProblem._build(
-        name, model, origin.loss(), batches, origin=origin, dataset=dataset, recipe=recipe
-    )
+        loss = origin.loss()
+        problem = ZooProblem._build(
+            name, model, loss, batches, origin=origin, dataset=dataset, recipe=recipe
+        )
     if trained:
         problem.train()
     return problem
@@ -167,5 +165,5 @@ def _batches(dataset: Dataset, origin: Entry, samples: int | None) -> list[Batch
     return [dataset.train.take(slice(start, min(start + origin.chunk, count))) for start in cuts]
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor

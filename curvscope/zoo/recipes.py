@@ -64,6 +64,19 @@ class Recipe:
 
 
 @contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Inside, torch computes with ``count`` threads (``None``: as many as before)."""
+    before = torch.get_num_threads()
+    try:
+        if count is not None:
+            torch.set_num_threads(count)
+        yield
+    finally:
+        if count is not None:
+            torch.set_num_threads(before)
+
+
+@contextmanager
 def private_randomness(seed: int) -> Iterator[torch.Generator]:
     """Inside, models start from ``seed`` in float32 on the CPU; outside, nothing has changed.
 
