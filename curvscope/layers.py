@@ -84,8 +84,6 @@ class LayerType:
     name: ClassVar[str]
     #: has input rows and output rows, so that Kronecker factors are defined
     kronecker: ClassVar[bool] = False
-    #: the weight's Hessian block is ``sum H_n[t, u] (x) a_nt a_nu^T``
-    rowwise: ClassVar[bool] = False
 
     def feature_axes(self, call: Call) -> int:
         """How many trailing axes of the outputs can never be the sample axis."""
@@ -117,7 +115,6 @@ class Linear(LayerType):
 
     name = "Linear"
     kronecker = True
-    rowwise = True
 
     def feature_axes(self, call: Call) -> int:
         return 1
@@ -146,7 +143,6 @@ class Convolution(LayerType):
 
     name = "Conv"
     kronecker = True
-    rowwise = True
 
     def feature_axes(self, call: Call) -> int:
         return call.outputs.ndim - 1

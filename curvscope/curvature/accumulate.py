@@ -67,11 +67,13 @@ def sample_gradients(plan: BlockPlan, recording: Recording, s: list[Tensor | Non
 class GramAccumulator:
     """Collects the vectors of one block; :meth:`result` gives the operator ``scale * V V^T``."""
 
-    def __init__(self, plan: BlockPlan, dtype: torch.dtype, columns: float) -> None:
+    def __init__(
+        self, plan: BlockPlan, dtype: torch.dtype, columns: float, form: str | None = None
+    ) -> None:
         self.plan = plan
         self.dtype = accumulation_dtype(dtype)
         self.columns = columns  # expected number of vectors, all batches together
-        self.form: str | None = None
+        self.form = form
         self.matrix: Tensor | None = None
         self.vectors: list[Tensor] = []
         self.signs: list[Tensor] = []
@@ -92,7 +94,7 @@ class GramAccumulator:
                 t, g, o = rows.shape[1:]
                 inp = self.view.inp
                 factored = self.columns * t * o + self.columns / 10 * t * inp
-                if g == 1 and t == 1 and call.kind.rowwise:
+                if g == 1 and t == 1:
                     return "rows"
                 if g == 1 and d > _DENSE_SIZE and factored < min(d * d, self.columns * d):
                     return "rows"

@@ -41,15 +41,12 @@ class BlockPlan:
     calls: tuple[int, ...]
     routes: tuple[str, ...]
     reasons: dict[str, str] = field(default_factory=dict)
-    positions: int = 0  # T of a single call, 0 where several calls or other uses
+    positions: int = 0  # T of a single call that acts on rows, else 0
+    outputs: int = 0  # its output features
 
     @property
     def size(self) -> int:
         return sum(p.numel() for p in self.parameters)
-
-    def cost(self, route: str) -> float:
-        """Backward passes per batch, up to a common factor."""
-        return float(self.size if route == "autograd" else 0)
 
 
 def uses_of(parameter: Tensor, calls: Sequence[Call]) -> tuple[int, ...]:
@@ -97,7 +94,7 @@ def plan_blocks(
         routes = ["autograd"]
         if "gram" not in reasons:
             routes.insert(0, "gram")
-        positions = 0
+        positions = outputs = 0
         if len(found) == 1 and "gram" not in reasons:
             call = recording.calls[found[0]]
             axis = recording.axes[found[0]]
@@ -106,13 +103,17 @@ def plan_blocks(
                 routes.insert(0, "piecewise-linear")
             else:
                 reasons["piecewise-linear"] = "what follows the layer is not piecewise linear"
-            if call.kind.rowwise and is_matrix(plan, recording):
-                positions = call.outputs.numel() // (recording.samples * call.outputs.shape[-1])
+            groups, out, _ = call.kind.sizes(call) if call.kind.kronecker else (0, 0, 0)
+            if groups == 1 and is_matrix(plan, recording):
+                outputs = out
+                positions = call.outputs.numel() // (recording.samples * out)
                 routes.insert(-1, "rows")
             else:
                 reasons["rows"] = "not the weight (and bias) of one layer that acts on rows"
         else:
             reasons.setdefault("piecewise-linear", reasons.get("gram", "several uses"))
             reasons.setdefault("rows", reasons.get("gram", "several uses"))
-        plans[name] = BlockPlan(name, members, own, found, tuple(routes), reasons, positions)
+        plans[name] = BlockPlan(
+            name, members, own, found, tuple(routes), reasons, positions, outputs
+        )
     return plans

@@ -13,7 +13,7 @@ into samples that do not influence each other.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,19 +107,24 @@ class Recording:
     axes: list[SampleAxis | None] = field(default_factory=list)
     separable_outputs: bool = True
 
-    def gradients(self, cotangent: Tensor) -> list[Tensor | None]:
-        """``d <outputs, cotangent> / d z`` for every call; ``None`` without influence."""
-        if not self.calls:
-            return []
-        return list(
-            torch.autograd.grad(
-                self.outputs,
-                [call.outputs for call in self.calls],
-                cotangent,
-                retain_graph=True,
-                allow_unused=True,
-            )
+    def gradients(
+        self, cotangent: Tensor, wanted: Sequence[int] | None = None
+    ) -> list[Tensor | None]:
+        """``d <outputs, cotangent> / d z`` for the wanted calls; ``None`` without influence."""
+        chosen = range(len(self.calls)) if wanted is None else wanted
+        result: list[Tensor | None] = [None] * len(self.calls)
+        if not chosen or not self.outputs.requires_grad:
+            return result
+        found = torch.autograd.grad(
+            self.outputs,
+            [self.calls[k].outputs for k in chosen],
+            cotangent,
+            retain_graph=True,
+            allow_unused=True,
         )
+        for k, gradient in zip(chosen, found, strict=True):
+            result[k] = gradient
+        return result
 
 
 def record(

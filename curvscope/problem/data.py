@@ -117,7 +117,10 @@ class Batches:
 
     def seed(self, seed: int) -> None:
         """Seed the global generators and the loader's own (within :meth:`preserved`)."""
-        torch.manual_seed(seed)
+        # torch.manual_seed would also queue a seed for a CUDA that is not initialised yet
+        torch.default_generator.manual_seed(seed)
+        if torch.cuda.is_initialized():
+            torch.cuda.manual_seed_all(seed)
         np.random.seed(seed % 2**32)
         random.seed(seed)
         for generator in self._generators():

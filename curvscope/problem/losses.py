@@ -420,3 +420,23 @@ def observed_cotangents(loss: Loss, outputs: Tensor, targets: Any, samples: int)
     c = loss.weights(z.detach(), targets, samples)
     scale = torch.where(c > 0, c.clamp_min(torch.finfo(c.dtype).tiny).rsqrt(), torch.zeros_like(c))
     return loss.unterms(loss.terms(gradient, samples) * scale.unsqueeze(-1), z)
+
+
+def scaled_terms(
+    loss: Loss, outputs: Tensor, targets: Any, samples: int, per: str
+) -> list[Tensor]:
+    """Cotangents whose outer products, sample by sample, make up the empirical Fisher.
+
+    ``per="sample"``: one, with all terms of a sample together; ``per="term"``: one for every
+    position of a term in its sample, zero elsewhere.
+    """
+    whole = observed_cotangents(loss, outputs, targets, samples)
+    if per == "sample":
+        return [whole]
+    terms = loss.terms(whole, samples)
+    parts = []
+    for t in range(terms.shape[1]):
+        u = torch.zeros_like(terms)
+        u[:, t] = terms[:, t]
+        parts.append(loss.unterms(u, whole))
+    return parts
