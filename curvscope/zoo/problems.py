@@ -59,8 +59,8 @@ class ZooProblem(Problem):
         The weights of ``self.user_model`` are replaced in place and depend only on the recipe,
         ``epochs`` and ``seed`` (default: the recipe's), not on what they were before: the same
         call gives the same bits (beyond the digits: with the same number of threads). Training
-        itself is in float32, on the model's device; the global random state is left alone. Raises ``NonFiniteError``,
-        with the weights as they were, when it diverges.
+        is in float32, on the model's device; the global random state is left alone. Raises
+        ``NonFiniteError``, with the weights as they were, when it diverges.
         """
         recipe = dataclasses.replace(
             self.recipe,

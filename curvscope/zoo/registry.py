@@ -77,7 +77,7 @@ ENTRIES: dict[str, Entry] = {
         "positions, on scikit-learn's digits (2,926 parameters)",
         datasets.digits,
         lambda data: models.DigitsTransformer(),
-        Recipe("adam", lr=0.01, epochs=20, batch_size=96),
+        Recipe("adam", lr=0.01, epochs=16, batch_size=64),
     ),
     "mnist-autoencoder": Entry(
         "784-1000-500-250-30-250-500-1000-784 with ReLU on MNIST, binary cross-entropy summed over "

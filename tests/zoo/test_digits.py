@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 
 import numpy as np
@@ -30,9 +31,10 @@ DIGITS = [
 NAMES = [name for name, *_ in DIGITS]
 
 
-@pytest.fixture(scope="module")
-def trained() -> dict[str, zoo.ZooProblem]:
-    return {name: zoo.load(name) for name in NAMES}
+@functools.cache
+def trained(name: str) -> zoo.ZooProblem:
+    """Trained once per test process, when first asked for. Not to be changed."""
+    return zoo.load(name)
 
 
 def weights(problem: Problem) -> torch.Tensor:
@@ -40,10 +42,8 @@ def weights(problem: Problem) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("name", "parameters", "layers", "accuracy"), DIGITS)
-def test_trained_networks(
-    trained: dict[str, zoo.ZooProblem], name: str, parameters: int, layers: int, accuracy: float
-) -> None:
-    problem = trained[name]
+def test_trained_networks(name: str, parameters: int, layers: int, accuracy: float) -> None:
+    problem = trained(name)
     assert isinstance(problem, Problem)
     assert problem.name == name
     assert problem.layout.numel == parameters
@@ -102,8 +102,8 @@ def test_samples_out_of_range(samples: int) -> None:
         zoo.load("digits-mlp", trained=False, samples=samples)
 
 
-def test_float64_is_a_cast_after_training(trained: dict[str, zoo.ZooProblem]) -> None:
-    single, double = trained["digits-resnet"], zoo.load("digits-resnet", dtype=torch.float64)
+def test_float64_is_a_cast_after_training() -> None:
+    single, double = trained("digits-cnn"), zoo.load("digits-cnn", dtype=torch.float64)
     assert double.dtype == torch.float64
     assert all(p.dtype == torch.float64 for p in double.model.parameters())
     assert torch.equal(weights(single), weights(double))
@@ -193,8 +193,8 @@ def test_defaults_of_the_caller_do_not_matter() -> None:
     assert torch.equal(problem.gradient(), expected.gradient())
 
 
-def test_subset_is_a_problem_on_the_same_network(trained: dict[str, zoo.ZooProblem]) -> None:
-    problem = trained["digits-tanh"]
+def test_subset_is_a_problem_on_the_same_network() -> None:
+    problem = trained("digits-tanh")
     part = problem.subset(50, seed=1)
     assert part.n_samples == 50
     assert part.model is problem.model
@@ -233,8 +233,8 @@ def test_digits_take_no_folder(tmp_path: object) -> None:
         zoo.load("digits-mlp", data=str(tmp_path))
 
 
-def test_accuracy_by_hand(trained: dict[str, zoo.ZooProblem]) -> None:
-    problem = trained["digits-mlp"]
+def test_accuracy_by_hand() -> None:
+    problem = trained("digits-mlp")
     inputs, targets = problem.dataset.test.take(slice(None))
     with torch.no_grad():
         right = [int(problem.model(x[None]).argmax()) == int(y) for x, y in zip(inputs, targets)]
