@@ -6,9 +6,14 @@ from .blockdiag import BlockDiagonalOperator, Blocks
 from .dense import DenseOperator, IdentityOperator
 from .diagonal import DiagonalOperator
 from .eigenkronecker import EigenKroneckerOperator
+from .inner import inner
 from .kronecker import DiagonalKroneckerOperator, KroneckerOperator
 from .lowrank import LowRankOperator
 from .matrix_free import FunctionOperator
+from .nearest import best_diagonal, best_diagonal_kronecker, best_identity, best_kronecker
+from .rearrange import kronecker_eigenvalue_correction
+from .rowgram import RowGramOperator
+from .rowhessian import RowHessianOperator
 from .scipy_bridge import from_scipy, to_scipy
 from .view import MatrixView
 from .wrappers import Converted, Restricted
@@ -32,8 +37,16 @@ __all__ = [
     "ParameterSpec",
     "Provenance",
     "Restricted",
+    "RowGramOperator",
+    "RowHessianOperator",
     "Scaled",
     "Sum",
+    "best_diagonal",
+    "best_diagonal_kronecker",
+    "best_identity",
+    "best_kronecker",
     "from_scipy",
+    "inner",
+    "kronecker_eigenvalue_correction",
     "to_scipy",
 ]

@@ -1,0 +1,356 @@
+"""Contractions of a block with one Kronecker factor, and its diagonal in a Kronecker basis.
+
+Van Loan and Pitsianis ("Approximation with Kronecker products", 1993) rearrange a matrix ``B`` in
+the view ``[o, i]`` into ``R(B)`` ``[o^2, i^2]`` such that ``<G (x) A, B> = <G, R(B) A>``. The two
+functions here are the products with ``R(B)`` and its transpose, by the structure of ``B`` and per
+group; nothing of the size of ``B`` is formed unless it is stored that way.
+"""
+
+from __future__ import annotations
+
+from functools import singledispatch
+
+import torch
+from torch import Tensor
+
+from .. import memory
+from ..errors import ShapeError
+from . import row_algebra as rows_
+from .algebra import Damped, Scaled, Sum
+from .base import Operator
+from .dense import IdentityOperator
+from .diagonal import DiagonalOperator
+from .eigenkronecker import EigenKroneckerOperator
+from .kronecker import DiagonalKroneckerOperator, KroneckerOperator, two_sided
+from .lowrank import LowRankOperator
+from .numerics import chunks, unit_columns
+from .rowgram import RowGramOperator
+from .rowhessian import RowHessianOperator
+from .view import MatrixView
+
+_OWN_VIEW = (
+    KroneckerOperator,
+    DiagonalKroneckerOperator,
+    EigenKroneckerOperator,
+    RowGramOperator,
+    RowHessianOperator,
+)
+
+
+def view_of(op: Operator, view: MatrixView | None) -> MatrixView:
+    """``view``, or the operator's own; raises ``ShapeError`` where there is none."""
+    view = view or op.view
+    if view is None:
+        raise ShapeError(
+            f"This {type(op).__name__} does not know how its {op.shape[0]} rows form a weight "
+            "matrix. Pass view=MatrixView(...), for example MatrixView.for_weight_and_bias."
+        )
+    if view.numel != op.shape[0]:
+        raise ShapeError(f"{view!r} has {view.numel} entries, the operator {op.shape[0]} rows.")
+    return view
+
+
+def output_contraction(op: Operator, A: Tensor, view: MatrixView) -> Tensor:
+    """``R(B) A``: ``sum_ij B[(g,o,i),(g,p,j)] A[g,i,j]`` as ``[g, o, o]``, for symmetric ``A``."""
+    found = _output(_seen(op, view), A, view)
+    return (found + found.mT) / 2
+
+
+def input_contraction(op: Operator, G: Tensor, view: MatrixView) -> Tensor:
+    """``R(B)^T G``: ``sum_op B[(g,o,i),(g,p,j)] G[g,o,p]`` as ``[g, i, i]``, for symmetric ``G``."""
+    found = _input(_seen(op, view), G, view)
+    return (found + found.mT) / 2
+
+
+def kronecker_eigenvalue_correction(
+    op: Operator, U_G: Tensor, U_A: Tensor, view: MatrixView | None = None
+) -> Tensor:
+    """The diagonal of ``(U_G (x) U_A)^T op (U_G (x) U_A)``: ``S`` ``[o, i]`` or ``[g, o, i]``.
+
+    ``U_G`` ``[o, o]`` and ``U_A`` ``[i, i]`` are orthogonal, with a group axis where the view has
+    more than one group. In this basis ``S`` is the diagonal nearest to ``op``, hence EKFAC's
+    eigenvalues (George et al., NeurIPS 2018, theorem 2). A row form with several positions sums
+    over them before squaring.
+    """
+    view = view_of(op, view)
+    grouped = U_G.ndim == 3
+    if not grouped:
+        U_G, U_A = U_G.unsqueeze(0), U_A.unsqueeze(0)
+    wanted = ((view.groups, view.out, view.out), (view.groups, view.inp, view.inp))
+    if (tuple(U_G.shape), tuple(U_A.shape)) != wanted:
+        raise ShapeError(
+            f"The bases are {list(U_G.shape)} and {list(U_A.shape)}; {view!r} needs "
+            f"{list(wanted[0])} and {list(wanted[1])}."
+        )
+    U_G, U_A = (basis.to(dtype=op.dtype, device=op.device) for basis in (U_G, U_A))
+    found = _correction(_seen(op, view), U_G, U_A, view)
+    return found if grouped else found[0]
+
+
+def _seen(op: Operator, view: MatrixView) -> Operator:
+    """``op``, or if its structure belongs to another view, the same without its structure."""
+    if isinstance(op, _OWN_VIEW) and op.view != view:
+        from .dense import DenseOperator
+
+        return DenseOperator(op.dense(), info=op.info)
+    return op
+
+
+# -- R(B) A --------------------------------------------------------------------------------------
+
+
+@singledispatch
+def _output(op: Operator, A: Tensor, view: MatrixView) -> Tensor:
+    groups, out, inp = view.shape
+    dense = view.dense_to_matrix(op.dense()).reshape(groups, out, inp, groups, out, inp)
+    return torch.stack(
+        [torch.einsum("oipj,ij->op", dense[g, :, :, g], A[g]) for g in range(groups)]
+    )
+
+
+@_output.register
+def _(op: DiagonalOperator, A: Tensor, view: MatrixView) -> Tensor:
+    return _from_diagonal(op.diagonal(), A, view, rows=True)
+
+
+@_output.register
+def _(op: IdentityOperator, A: Tensor, view: MatrixView) -> Tensor:
+    return _from_diagonal(op.diagonal(), A, view, rows=True)
+
+
+@_output.register
+def _(op: DiagonalKroneckerOperator, A: Tensor, view: MatrixView) -> Tensor:
+    return _from_diagonal(op.diagonal(), A, view, rows=True)
+
+
+@_output.register
+def _(op: KroneckerOperator, A: Tensor, view: MatrixView) -> Tensor:
+    return op._G * (op._A * A).sum((-1, -2), keepdim=True)
+
+
+@_output.register
+def _(op: EigenKroneckerOperator, A: Tensor, view: MatrixView) -> Tensor:
+    inner = (op._U_A * (A @ op._U_A)).sum(-2)  # u_j^T A u_j
+    return (op._U_G * (op._S @ inner.unsqueeze(-1)).mT) @ op._U_G.mT
+
+
+@_output.register
+def _(op: LowRankOperator, A: Tensor, view: MatrixView) -> Tensor:
+    found: Tensor | float = 0.0
+    for columns in chunks(op.rank, 3 * op.shape[0]):
+        m = view.to_matrix(op._V[:, columns])  # [k, g, o, i]
+        left = (m @ A) * op._weights[columns, None, None, None]
+        found = found + _stacked(left) @ _stacked(m).mT
+    return _tensor(found, A, view.out)
+
+
+@_output.register
+def _(op: RowGramOperator, A: Tensor, view: MatrixView) -> Tensor:
+    return op.output_moments(rows_.input_forms(op._a, A))
+
+
+@_output.register
+def _(op: RowHessianOperator, A: Tensor, view: MatrixView) -> Tensor:
+    return op.output_moments(rows_.input_forms(op._a, A))
+
+
+@_output.register
+def _(op: Scaled, A: Tensor, view: MatrixView) -> Tensor:
+    return op.factor * output_contraction(op.base, A, view)
+
+
+@_output.register
+def _(op: Damped, A: Tensor, view: MatrixView) -> Tensor:
+    eye = torch.eye(view.out, dtype=A.dtype, device=A.device)
+    traces = op.damping * A.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return output_contraction(op.base, A, view) + traces[:, None, None] * eye
+
+
+@_output.register
+def _(op: Sum, A: Tensor, view: MatrixView) -> Tensor:
+    parts = [output_contraction(term, A.to(term.dtype), view) for term in op.terms]
+    return torch.stack([part.to(op.dtype) for part in parts]).sum(0)
+
+
+# -- R(B)^T G ------------------------------------------------------------------------------------
+
+
+@singledispatch
+def _input(op: Operator, G: Tensor, view: MatrixView) -> Tensor:
+    groups, out, inp = view.shape
+    dense = view.dense_to_matrix(op.dense()).reshape(groups, out, inp, groups, out, inp)
+    return torch.stack(
+        [torch.einsum("oipj,op->ij", dense[g, :, :, g], G[g]) for g in range(groups)]
+    )
+
+
+@_input.register
+def _(op: DiagonalOperator, G: Tensor, view: MatrixView) -> Tensor:
+    return _from_diagonal(op.diagonal(), G, view, rows=False)
+
+
+@_input.register
+def _(op: IdentityOperator, G: Tensor, view: MatrixView) -> Tensor:
+    return _from_diagonal(op.diagonal(), G, view, rows=False)
+
+
+@_input.register
+def _(op: DiagonalKroneckerOperator, G: Tensor, view: MatrixView) -> Tensor:
+    return _from_diagonal(op.diagonal(), G, view, rows=False)
+
+
+@_input.register
+def _(op: KroneckerOperator, G: Tensor, view: MatrixView) -> Tensor:
+    return op._A * (op._G * G).sum((-1, -2), keepdim=True)
+
+
+@_input.register
+def _(op: EigenKroneckerOperator, G: Tensor, view: MatrixView) -> Tensor:
+    outer = (op._U_G * (G @ op._U_G)).sum(-2)
+    return (op._U_A * (outer.unsqueeze(-2) @ op._S)) @ op._U_A.mT
+
+
+@_input.register
+def _(op: LowRankOperator, G: Tensor, view: MatrixView) -> Tensor:
+    found: Tensor | float = 0.0
+    for columns in chunks(op.rank, 3 * op.shape[0]):
+        m = view.to_matrix(op._V[:, columns]).mT  # [k, g, i, o]
+        left = (m @ G) * op._weights[columns, None, None, None]
+        found = found + _stacked(left) @ _stacked(m).mT
+    return _tensor(found, G, view.inp)
+
+
+@_input.register
+def _(op: RowGramOperator, G: Tensor, view: MatrixView) -> Tensor:
+    return rows_.input_moments(op._a, op.output_forms(G))
+
+
+@_input.register
+def _(op: RowHessianOperator, G: Tensor, view: MatrixView) -> Tensor:
+    return rows_.input_moments(op._a, op.output_forms(G))
+
+
+@_input.register
+def _(op: Scaled, G: Tensor, view: MatrixView) -> Tensor:
+    return op.factor * input_contraction(op.base, G, view)
+
+
+@_input.register
+def _(op: Damped, G: Tensor, view: MatrixView) -> Tensor:
+    eye = torch.eye(view.inp, dtype=G.dtype, device=G.device)
+    traces = op.damping * G.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return input_contraction(op.base, G, view) + traces[:, None, None] * eye
+
+
+@_input.register
+def _(op: Sum, G: Tensor, view: MatrixView) -> Tensor:
+    parts = [input_contraction(term, G.to(term.dtype), view) for term in op.terms]
+    return torch.stack([part.to(op.dtype) for part in parts]).sum(0)
+
+
+# -- the diagonal in a Kronecker basis -----------------------------------------------------------
+
+
+@singledispatch
+def _correction(op: Operator, U_G: Tensor, U_A: Tensor, view: MatrixView) -> Tensor:
+    """``sum_k B_k * (op B_k)`` over the basis vectors, some at a time."""
+    memory.require(
+        op.shape[0] ** 2 * op.dtype.itemsize,
+        f"The change of basis of a {type(op).__name__} of shape {op.shape}",
+        "It takes as many products as there are rows; use an operator with structure.",
+        device=op.device,
+    )
+    rows = op.shape[0]
+    found = U_G.new_empty(rows)
+    for columns in chunks(rows, 3 * rows):
+        unit = unit_columns(rows, columns, U_G).reshape(*view.shape, -1)
+        basis = view.from_stack(two_sided(U_G, unit, U_A.mT))
+        found[columns] = (basis * (op @ basis)).sum(0)
+    return found.reshape(view.shape)
+
+
+@_correction.register
+def _(op: DiagonalOperator, U_G: Tensor, U_A: Tensor, view: MatrixView) -> Tensor:
+    return U_G.square().mT @ view.matrix(op.diagonal()) @ U_A.square()
+
+
+@_correction.register
+def _(op: DiagonalKroneckerOperator, U_G: Tensor, U_A: Tensor, view: MatrixView) -> Tensor:
+    return U_G.square().mT @ view.matrix(op.diagonal()) @ U_A.square()
+
+
+@_correction.register
+def _(op: IdentityOperator, U_G: Tensor, U_A: Tensor, view: MatrixView) -> Tensor:
+    return U_G.new_full(view.shape, op.scale)
+
+
+@_correction.register
+def _(op: KroneckerOperator, U_G: Tensor, U_A: Tensor, view: MatrixView) -> Tensor:
+    outer = (U_G * (op._G @ U_G)).sum(-2)
+    inner = (U_A * (op._A @ U_A)).sum(-2)
+    return outer.unsqueeze(-1) * inner.unsqueeze(-2)
+
+
+@_correction.register
+def _(op: EigenKroneckerOperator, U_G: Tensor, U_A: Tensor, view: MatrixView) -> Tensor:
+    outer, inner = (U_G.mT @ op._U_G).square(), (op._U_A.mT @ U_A).square()
+    return outer @ op._S @ inner
+
+
+@_correction.register
+def _(op: LowRankOperator, U_G: Tensor, U_A: Tensor, view: MatrixView) -> Tensor:
+    found = U_G.new_zeros(view.shape)
+    for columns in chunks(op.rank, 3 * op.shape[0]):
+        rotated = U_G.mT @ view.to_matrix(op._V[:, columns]) @ U_A
+        found += torch.tensordot(op._weights[columns], rotated.square_(), dims=1)
+    return found
+
+
+@_correction.register
+def _(op: RowGramOperator, U_G: Tensor, U_A: Tensor, view: MatrixView) -> Tensor:
+    return op.rotated(U_G, U_A).diagonal_matrix()
+
+
+@_correction.register
+def _(op: RowHessianOperator, U_G: Tensor, U_A: Tensor, view: MatrixView) -> Tensor:
+    return op.rotated(U_G, U_A).diagonal_matrix()
+
+
+@_correction.register
+def _(op: Scaled, U_G: Tensor, U_A: Tensor, view: MatrixView) -> Tensor:
+    return op.factor * _correction(_seen(op.base, view), U_G, U_A, view)
+
+
+@_correction.register
+def _(op: Damped, U_G: Tensor, U_A: Tensor, view: MatrixView) -> Tensor:
+    return _correction(_seen(op.base, view), U_G, U_A, view) + op.damping
+
+
+@_correction.register
+def _(op: Sum, U_G: Tensor, U_A: Tensor, view: MatrixView) -> Tensor:
+    found = U_G.new_zeros(view.shape)
+    for term in op.terms:
+        found += _correction(_seen(term.to(op.dtype), view), U_G, U_A, view)
+    return found
+
+
+# -- helpers -------------------------------------------------------------------------------------
+
+
+def _from_diagonal(diagonal: Tensor, factor: Tensor, view: MatrixView, *, rows: bool) -> Tensor:
+    """Contraction of a diagonal matrix: the result is diagonal as well."""
+    matrix = view.matrix(diagonal)
+    other = factor.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+    return torch.diag_embed(((matrix if rows else matrix.mT) @ other).squeeze(-1))
+
+
+def _stacked(matrices: Tensor) -> Tensor:
+    """``[k, g, p, q]`` -> ``[g, p, k q]``."""
+    count, groups, rows, columns = matrices.shape
+    return matrices.permute(1, 2, 0, 3).reshape(groups, rows, count * columns)
+
+
+def _tensor(found: Tensor | float, like: Tensor, size: int) -> Tensor:
+    if isinstance(found, Tensor):
+        return found
+    return like.new_zeros(like.shape[0], size, size)
