@@ -1,0 +1,18 @@
+"""Analyses: functions from operators to results."""
+
+from .comparison import Comparison, ReferenceBlock, Row
+from .concentration import Concentration, concentration
+from .result import Cost, Result
+from .spectrum import Spectrum, spectrum
+
+__all__ = [
+    "Comparison",
+    "Concentration",
+    "Cost",
+    "ReferenceBlock",
+    "Result",
+    "Row",
+    "Spectrum",
+    "concentration",
+    "spectrum",
+]

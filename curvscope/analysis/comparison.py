@@ -1,0 +1,261 @@
+"""The result of a comparison: a row per block and approximation, and facts about the reference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ..errors import NotDefinedError, UnknownBlockError, check_option, nearest
+from .result import Result, number
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+WHOLE = "(all)"
+"""Name of the row for the whole matrix."""
+
+_FIRST = ("block", "approximation", "status", "size", "family", "damping", "error", "error_stderr")
+_BESIDE = ("best_class", "best_in_class", "excess", "outside", "outside_stderr")
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One approximation of one block.
+
+    ``values`` maps every metric (the keys of :data:`curvscope.analysis.metrics.METRICS`, and
+    ``best_in_class``, ``excess``, ``outside``) to a number; NaN where it is not defined or was not
+    computed, and then ``reasons`` says why. ``method`` says how a number was got: ``"exact"`` (from
+    the entries), ``"structured"`` (exact too, from the factors, without forming the matrix) or
+    ``"estimated"``, with its standard error or residual bound in ``stderr``.
+
+    ``status`` is ``"compared"``, ``"partial"`` (some parameters of the block are uncovered and were
+    taken as zero), ``"uncovered"`` (the approximation does not define the block) or ``"failed"``;
+    ``note`` explains it. ``family`` is the class of matrices that the approximation belongs to,
+    ``best_class`` the class whose nearest member stands beside it (they differ where the nearest
+    member of the family itself is not known).
+    """
+
+    block: str
+    approximation: str
+    status: str = "compared"
+    size: int = 0
+    family: str = ""
+    best_class: str | None = None
+    damping: float | None = None
+    values: Mapping[str, float] = field(default_factory=dict)
+    stderr: Mapping[str, float] = field(default_factory=dict)
+    method: Mapping[str, str] = field(default_factory=dict)
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    note: str = ""
+
+    def __getitem__(self, metric: str) -> float:
+        """The value of a metric; NaN if it was not computed."""
+        return self.values.get(metric, math.nan)
+
+    @property
+    def error(self) -> float:
+        """Relative Frobenius error ``||R - B|| / ||R||``."""
+        return self["error"]
+
+    @property
+    def best_in_class(self) -> float:
+        """Relative Frobenius error of the member of ``best_class`` nearest to the reference."""
+        return self["best_in_class"]
+
+    @property
+    def excess(self) -> float:
+        """``error / best_in_class``: 1 is as good as the class allows."""
+        return self["excess"]
+
+    @property
+    def outside(self) -> float:
+        """Whole matrix only: share of the reference's energy outside its diagonal blocks."""
+        return self["outside"]
+
+    def record(self, metrics: tuple[str, ...]) -> dict[str, Any]:
+        """The row of :meth:`Comparison.to_frame`."""
+        first: dict[str, Any] = {
+            "block": self.block,
+            "approximation": self.approximation,
+            "status": self.status,
+            "size": self.size,
+            "family": self.family,
+            "damping": math.nan if self.damping is None else self.damping,
+            "error": self["error"],
+            "error_stderr": self.stderr.get("error", math.nan),
+            "best_class": self.best_class,
+            "best_in_class": self["best_in_class"],
+            "excess": self["excess"],
+            "outside": self["outside"],
+            "outside_stderr": self.stderr.get("outside", math.nan),
+        }
+        rest = {name: self[name] for name in metrics if name not in first}
+        return {**first, **rest, "note": self.note}
+
+    def sentence(self) -> str:
+        """``"K-FAC is off by 0.42 on conv1, of which 0.40 is the price of being Kronecker."``"""
+        where = "the whole matrix" if self.block == WHOLE else self.block
+        if self.status in ("uncovered", "failed"):
+            return f"{self.approximation} says nothing about {where}: {self.note}"
+        if math.isnan(self.error):
+            reason = self.reasons.get("error", "not computed")
+            return f"{self.approximation}'s error on {where} is not known: {reason}"
+        spread = self.stderr.get("error", 0.0)
+        bars = f" ± {number(spread, 2)}" if spread else ""
+        text = f"{self.approximation} is off by {number(self.error)}{bars} on {where}"
+        if self.best_class and not math.isnan(self.best_in_class):
+            text += (
+                f", of which {number(self.best_in_class)} is the price of being {self.best_class}"
+            )
+        return text + (f" ({self.note})" if self.note else "") + "."
+
+
+@dataclass(frozen=True, eq=False)
+class ReferenceBlock:
+    """Facts about one block of the reference, and the best that each class of matrices can do.
+
+    ``share`` is the block's part of the whole matrix's energy (squared Frobenius norm). ``best``
+    maps ``"identity"`` (a multiple of it), ``"diagonal"``, ``"Kronecker"`` and
+    ``"diagonal-Kronecker"`` to the relative Frobenius error of the nearest such matrix; NaN where
+    there is none, with the reason in ``reasons``.
+    """
+
+    block: str
+    size: int
+    what: str
+    route: str
+    norm: float
+    trace: float
+    share: float = math.nan
+    best: Mapping[str, float] = field(default_factory=dict)
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Comparison(Result):
+    """How far approximations are from a reference matrix; returned by :func:`compare`.
+
+    ``rows`` holds a :class:`Row` per block and approximation, those of the whole matrix (block
+    ``"(all)"``) last; ``references`` a :class:`ReferenceBlock` per block. ``metrics`` are the
+    names of the metrics in the order of the frame.
+    """
+
+    reference: str
+    approximations: tuple[str, ...]
+    blocks: tuple[str, ...]
+    rows: tuple[Row, ...]
+    references: tuple[ReferenceBlock, ...]
+    metrics: tuple[str, ...]
+
+    def row(self, block: str, approximation: str) -> Row:
+        """The row of one block (``"(all)"`` for the whole matrix) and approximation."""
+        for row in self.rows:
+            if row.block == block and row.approximation == approximation:
+                return row
+        blocks = list(dict.fromkeys(row.block for row in self.rows))
+        hint = nearest(block, blocks) if block not in blocks else ""
+        hint = hint or nearest(approximation, self.approximations)
+        raise UnknownBlockError(
+            f"There is no row for block {block!r} and approximation {approximation!r}.{hint} "
+            f"Blocks are {blocks}, approximations {list(self.approximations)}."
+        )
+
+    def best(self, block: str = WHOLE, metric: str = "error") -> Row:
+        """The approximation that is best on a block by a metric (by default the least error).
+
+        Raises ``NotDefinedError`` where no approximation has that metric.
+        """
+        from .metrics import METRICS
+
+        ranked = [name for name, each in METRICS.items() if each.better is not None]
+        check_option("metric", metric, ranked)
+        rows = [r for r in self.rows if r.block == block]
+        if not rows:
+            names = list(dict.fromkeys(r.block for r in self.rows))
+            raise UnknownBlockError(f"There is no block {block!r}.{nearest(block, names)}")
+        rows = [r for r in rows if not math.isnan(r[metric])]
+        if not rows:
+            raise NotDefinedError(f"No approximation has {metric!r} on block {block!r}.")
+        return min(rows, key=lambda r: METRICS[metric].badness(r[metric]))
+
+    def records(self) -> list[dict[str, Any]]:
+        """A record per row: identity, error and best in class first, then all other metrics."""
+        return [row.record(self.metrics) for row in self.rows]
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row per block and approximation.
+
+        Columns: ``block, approximation, status, size, family, damping, error, error_stderr,
+        best_class, best_in_class, excess, outside, outside_stderr``, then every other metric, and
+        ``note``. How each number was got stands in :meth:`details`.
+        """
+        import pandas as pd
+
+        rest = [name for name in self.metrics if name not in _FIRST]
+        columns = [*_FIRST, *_BESIDE, *rest, "note"]
+        return pd.DataFrame.from_records(self.records(), columns=columns)
+
+    def details(self) -> pd.DataFrame:
+        """A row per number: ``block, approximation, metric, value, stderr, method, reason``."""
+        import pandas as pd
+
+        records = [
+            {
+                "block": row.block,
+                "approximation": row.approximation,
+                "metric": name,
+                "value": row[name],
+                "stderr": row.stderr.get(name, math.nan),
+                "method": row.method.get(name, ""),
+                "reason": row.reasons.get(name, ""),
+            }
+            for row in self.rows
+            for name in dict.fromkeys([*self.metrics, *row.values, *row.reasons])
+        ]
+        columns = ["block", "approximation", "metric", "value", "stderr", "method", "reason"]
+        return pd.DataFrame.from_records(records, columns=columns)
+
+    def best_frame(self) -> pd.DataFrame:
+        """What each class of matrices can do: a row per block.
+
+        Columns: ``block, size, norm, trace, share``, then the relative error of the nearest
+        ``identity``, ``diagonal``, ``Kronecker`` and ``diagonal-Kronecker``.
+        """
+        import pandas as pd
+
+        classes = list(dict.fromkeys(name for ref in self.references for name in ref.best))
+        records = [
+            {
+                "block": ref.block,
+                "size": ref.size,
+                "norm": ref.norm,
+                "trace": ref.trace,
+                "share": ref.share,
+                **{name: ref.best.get(name, math.nan) for name in classes},
+            }
+            for ref in self.references
+        ]
+        return pd.DataFrame.from_records(
+            records, columns=["block", "size", "norm", "trace", "share", *classes]
+        )
+
+    def summary(self) -> str:
+        """A sentence per approximation: the whole matrix, and the block where it is worst."""
+        size = max((row.size for row in self.rows), default=0)
+        lines = [
+            f"Compared with the {self.reference} ({size:,} parameters"
+            + (f", {len(self.blocks)} blocks" if self.blocks else "")
+            + "):"
+        ]
+        for name in self.approximations:
+            rows = [row for row in self.rows if row.approximation == name]
+            known = [r for r in rows if r.block != WHOLE and not math.isnan(r.error)]
+            whole = [row for row in rows if row.block == WHOLE]
+            text = whole[0].sentence() if whole else ""
+            if known:
+                worst = max(known, key=lambda row: row.error)
+                text += (" Worst block: " if text else "") + worst.sentence()
+            lines.append(text or f"{name}: nothing was compared.")
+        return "\n".join(lines)
