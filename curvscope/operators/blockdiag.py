@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,48 +14,11 @@ from ..errors import (
     OptionError,
     ParameterMismatchError,
     ShapeError,
-    UnknownBlockError,
     check_option,
-    nearest,
 )
 from .base import Layout, Operator, Provenance
+from .blocks import Blocks
 from .dense import IdentityOperator
-
-
-class Blocks(Mapping[str, Operator]):
-    """Blocks by name, in order; an unknown name raises ``UnknownBlockError`` with the nearest."""
-
-    def __init__(self, blocks: Mapping[str, Operator], uncovered: Sequence[str] = ()) -> None:
-        self._blocks = dict(blocks)
-        self._uncovered = tuple(uncovered)
-
-    def __getitem__(self, name: str) -> Operator:
-        try:
-            return self._blocks[name]
-        except KeyError:
-            pass
-        if name in self._uncovered:
-            raise UnknownBlockError(
-                f"The block {name!r} is not defined by this matrix (see op.uncovered). "
-                f"Defined are {', '.join(map(repr, self._blocks)) or 'none'}."
-            )
-        hint = nearest(str(name), self._blocks)
-        raise UnknownBlockError(
-            f"There is no block {name!r}.{hint} "
-            f"Blocks are {', '.join(map(repr, self._blocks)) or 'none'}."
-        )
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._blocks)
-
-    def __len__(self) -> int:
-        return len(self._blocks)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._blocks
-
-    def __repr__(self) -> str:
-        return f"Blocks({self._blocks!r})"
 
 
 class BlockDiagonalOperator(Operator):

@@ -14,11 +14,12 @@ from .base import Operator
 from .blockdiag import BlockDiagonalOperator
 from .dense import DenseOperator, IdentityOperator
 from .diagonal import DiagonalOperator
+from .eigenbasis import kronecker_eigenvalue_correction
 from .eigenkronecker import EigenKroneckerOperator
 from .kronecker import DiagonalKroneckerOperator, KroneckerOperator
 from .lowrank import LowRankOperator
 from .numerics import chunks, dot, total, unit_columns
-from .rearrange import kronecker_eigenvalue_correction, output_contraction
+from .rearrange import output_contraction
 from .row_algebra import SMALL, sample_form_gram
 from .rowgram import RowGramOperator
 from .rowhessian import RowHessianOperator

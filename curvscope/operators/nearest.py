@@ -103,9 +103,8 @@ def best_diagonal_kronecker(
             pair = leading_pair(space, start, tol=tol, max_iter=max_iter)
             pairs.append(pair.with_positive(pair.right.sum(), pair.left.sum()))
         found = _Found(pairs, "bidiagonalisation of the diagonal")
-        s, h = (
-            torch.stack(parts) for parts in zip(*((p.left, p.right) for p in pairs), strict=True)
-        )
+        s = torch.stack([pair.left for pair in pairs])
+        h = torch.stack([pair.right for pair in pairs])
         if positive:  # rounding may leave -1e-17
             s, h = s.clamp_min(0.0), h.clamp_min(0.0)
         return found.describe(DiagonalKroneckerOperator(s, h, own, layout=block.layout), tol)

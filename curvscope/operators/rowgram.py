@@ -171,7 +171,7 @@ class RowGramOperator(Operator):
         return torch.einsum("ngcto,ngcuo->ngtu", S, right)
 
     def output_moments(self, forms: Tensor) -> Tensor:
-        """``scale * sum_cn sign sum_tu forms_n[t,u] s_cnt s_cnu^T``: ``[N,g,T,T]`` -> ``[g,o,o]``."""
+        """``scale * sum_cn sign sum_tu forms_n[t, u] s_cnt s_cnu^T``: ``[g, o, o]``."""
         S = self._S.permute(3, 0, 1, 2, 4)  # [g, C, N, T, o]
         right = forms.transpose(0, 1).unsqueeze(1) @ S
         right = right * self.weights()[:, :, None, None]
@@ -241,14 +241,12 @@ class RowGramOperator(Operator):
             "Take the leading eigenvalues, cs.eigsh(op, k), or fewer samples.",
             device=self.device,
         )
-        gram, weights = self.gram(), self.weights().flatten()
+        gram, weights = symmetric("The Gram matrix", self.gram()), self.weights().flatten()
         if bool((weights >= 0).all()):
             root = weights.sqrt()
-            values = torch.linalg.eigvalsh(
-                symmetric("The Gram matrix", gram * root * root[:, None])
-            )
+            values = torch.linalg.eigvalsh(gram * root * root.unsqueeze(1))
         else:  # the spectrum of V D V^T is that of K^(1/2) D K^(1/2)
-            squares, basis = torch.linalg.eigh(symmetric("The Gram matrix", gram))
+            squares, basis = torch.linalg.eigh(gram)
             half = basis * squares.clamp_min(0.0).sqrt()
             values = torch.linalg.eigvalsh((half.mT * weights) @ half)
         return torch.cat([values, values.new_zeros(self.shape[0] - self.rank)]).sort().values

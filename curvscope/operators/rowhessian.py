@@ -170,7 +170,7 @@ class RowHessianOperator(Operator):
         return math.sqrt(max(self.row_inner(self), 0.0))
 
     def row_inner(self, other: RowHessianOperator) -> float:
-        """Inner product with another of the same view, sample by sample. Cost ``O(N M T^3 o^2)``."""
+        """Inner product with another of the same view, by pairs of samples: ``O(N M T^3 o^2)``."""
         factor = self._scale * other._scale
         if self.simple and other.simple:
             left, right = self._H.flatten(1), other._H.flatten(1)
@@ -186,7 +186,7 @@ class RowHessianOperator(Operator):
         return factor * square
 
     def eigenvalues(self) -> Tensor:
-        """All eigenvalues ``[P]``; if ``N T < i`` within the span of the input rows, then padded."""
+        """All eigenvalues ``[P]``; if ``N T < i`` within the span of the input rows, and padded."""
         count = self._a.shape[0] * self._a.shape[1]
         if self.view.groups > 1 or count >= self.view.inp:
             return super().eigenvalues()

@@ -1,4 +1,4 @@
-"""The factored forms of a layer's block, :class:`RowGramOperator` and :class:`RowHessianOperator`."""
+"""The factored forms of a layer's block."""
 
 from .rowgram import RowGramOperator
 from .rowhessian import RowHessianOperator
