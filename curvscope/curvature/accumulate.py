@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import memory
 from ..layers import Call, SampleAxis
-from ..operators import DenseOperator, LowRankOperator, MatrixView, Operator, RowGramOperator
+from ..operators import DenseOperator, LowRankOperator, Operator, RowGramOperator
 from .plan import BlockPlan, is_matrix
 from .recording import Recording
 
@@ -17,21 +17,6 @@ _DENSE_SIZE = 4096  # up to this size the dense form is the most convenient one
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float32 at least: sums in half precision lose what they add up."""
     return torch.promote_types(dtype, torch.float32)
-
-
-def matrix_view(plan: BlockPlan, call: Call) -> MatrixView:
-    """The matrix view ``[g, o, i(+1)]`` of a block that consists of a weight and maybe a bias."""
-    groups, out, inp = call.kind.sizes(call)
-    bias = call.bias is not None and any(p is call.bias for p in plan.parameters)
-    weight_first = plan.parameters[0] is call.weight
-    rows = groups * out
-    if not bias:
-        return MatrixView(groups, out, inp)
-    if weight_first:
-        return MatrixView.for_weight_and_bias(rows, inp, groups=groups)
-    weight = torch.arange(rows * inp).reshape(rows, inp) + rows
-    perm = torch.cat([weight, torch.arange(rows).unsqueeze(1)], 1).reshape(-1)
-    return MatrixView(groups, out, inp + 1, perm)
 
 
 def input_rows(plan: BlockPlan, call: Call, axis: SampleAxis, samples: int) -> Tensor:
@@ -80,7 +65,7 @@ class GramAccumulator:
         self.a: list[Tensor] = []
         self.s: list[Tensor] = []
         self.batch_s: list[Tensor] = []
-        self.view: MatrixView | None = None
+        self.view = plan.view
 
     def _choose(self, recording: Recording) -> str:
         d = self.plan.size
@@ -89,7 +74,7 @@ class GramAccumulator:
             call, axis = recording.calls[k], recording.axes[k]
             assert axis is not None
             if call.kind.kronecker:
-                self.view = matrix_view(self.plan, call)
+                assert self.view is not None
                 rows = call.kind.output_rows(call, call.outputs.detach(), axis, recording.samples)
                 t, g, o = rows.shape[1:]
                 inp = self.view.inp
@@ -156,12 +141,13 @@ class GramAccumulator:
         """The finished operator. Sequences of different lengths are padded with zero rows."""
         if self.form == "dense":
             assert self.matrix is not None
-            return DenseOperator((self.matrix + self.matrix.mT) * (scale / 2))
+            return DenseOperator((self.matrix + self.matrix.mT) * (scale / 2), view=self.view)
         if self.form == "vectors":
             weights = torch.full((sum(len(v) for v in self.vectors),), scale, dtype=self.dtype)
             if self.signs:
                 weights = weights * torch.cat(self.signs).to(weights)
-            return LowRankOperator(torch.cat(self.vectors).mT, weights.to(self.vectors[0].device))
+            vectors = torch.cat(self.vectors).mT
+            return LowRankOperator(vectors, weights.to(vectors.device), view=self.view)
         assert self.view is not None
         passes = max(x.shape[0] for x in self.s)
         length = max(x.shape[2] for x in self.s)

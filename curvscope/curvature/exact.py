@@ -164,6 +164,7 @@ class WholeOperator(AutogradOperator):
             block: Operator = AutogradOperator(
                 self.problem, self.kind, self.members[name], self.at
             )
+            block.view = self.plans[name].view
             self._blocks[name] = block
         return self._blocks[name]
 
@@ -289,16 +290,15 @@ def _make(problem: Problem, kind: Kind, route: str) -> WholeOperator:
     if not isinstance(problem, Problem):
         raise OptionError(f"A Problem is needed, not {type(problem).__name__}.")
     problem.check()
-    op = WholeOperator(problem, kind, route, problem.snapshot())
+    at = problem.snapshot()
     if kind.needs_samples:
-        _check_sample_axis(op)
-    return op
+        check_sample_axis(problem, kind, at)
+    return WholeOperator(problem, kind, route, at)
 
 
-def _check_sample_axis(op: WholeOperator) -> None:
+def check_sample_axis(problem: Problem, kind: Kind, at: Snapshot) -> None:
     """Gradients of single samples need outputs that say which sample they belong to."""
-    problem = op.problem
-    with problem.session(op.at):
+    with problem.session(at):
         inputs, targets = next(problem.batches())
         recording = record_batch(problem, inputs, targets)
     n, outputs = recording.samples, recording.outputs
@@ -307,7 +307,7 @@ def _check_sample_axis(op: WholeOperator) -> None:
     if not (known or folded):
         raise DataError(
             f"Outputs of shape {list(outputs.shape)} do not say which of the {n} samples (first "
-            f"axis of the inputs) they belong to, so the {op.kind.title} is not defined. Return "
+            f"axis of the inputs) they belong to, so the {kind.title} is not defined. Return "
             "outputs with the samples first from forward=, for instance [N, C, T] for tokens."
         )
 

@@ -17,9 +17,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from ..layers import Call
+from ..operators import MatrixView
 from ..problem import Problem
 from .piecewise import is_piecewise_linear
 from .recording import Recording, graph_uses
@@ -43,6 +45,7 @@ class BlockPlan:
     reasons: dict[str, str] = field(default_factory=dict)
     positions: int = 0  # T of a single call that acts on rows, else 0
     outputs: int = 0  # its output features
+    view: MatrixView | None = None  # [g, o, i(+1)] where the block is one layer's [W] or [W b]
 
     @property
     def size(self) -> int:
@@ -61,6 +64,27 @@ def is_matrix(plan: BlockPlan, recording: Recording) -> bool:
     mine = {id(p) for p in plan.parameters}
     theirs = {id(p) for p in (call.weight, call.bias) if p is not None}
     return call.weight is not None and id(call.weight) in mine and mine <= theirs
+
+
+def matrix_view(parameters: Sequence[Tensor], calls: Sequence[Call]) -> MatrixView | None:
+    """The matrix view of a block that is the weight (and bias) of one layer, else ``None``."""
+    if not calls:
+        return None
+    call = calls[0]
+    if not all(c.kind.kronecker and c.weight is call.weight for c in calls):
+        return None
+    mine, theirs = {id(p) for p in parameters}, {id(call.weight), id(call.bias)}
+    if call.weight is None or id(call.weight) not in mine or not mine <= theirs:
+        return None
+    groups, out, inp = call.kind.sizes(call)
+    if len(parameters) == 1:
+        return MatrixView(groups, out, inp)
+    rows = groups * out
+    if parameters[0] is call.weight:
+        return MatrixView.for_weight_and_bias(rows, inp, groups=groups)
+    weight = torch.arange(rows * inp).reshape(rows, inp) + rows
+    perm = torch.cat([weight, torch.arange(rows).unsqueeze(1)], 1).reshape(-1)
+    return MatrixView(groups, out, inp + 1, perm)
 
 
 def plan_blocks(
@@ -114,6 +138,14 @@ def plan_blocks(
             reasons.setdefault("piecewise-linear", reasons.get("gram", "several uses"))
             reasons.setdefault("rows", reasons.get("gram", "several uses"))
         plans[name] = BlockPlan(
-            name, members, own, found, tuple(routes), reasons, positions, outputs
+            name,
+            members,
+            own,
+            found,
+            tuple(routes),
+            reasons,
+            positions,
+            outputs,
+            matrix_view(own, [recording.calls[k] for k in found]),
         )
     return plans

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..operators import DenseOperator, MatrixView, Operator, RowHessianOperator
+from ..operators import DenseOperator, Operator, RowHessianOperator
 from ..problem import Problem
 from ..progress import track
-from .accumulate import accumulation_dtype, input_rows, matrix_view
+from .accumulate import accumulation_dtype, input_rows
 from .plan import BlockPlan
 from .products import VectorJacobian
 from .recording import Recording
@@ -33,14 +33,13 @@ class RowHessianAccumulator:
         self.h: list[Tensor] = []
         self.a: list[Tensor] = []
         self.matrix: Tensor | None = None
-        self.view: MatrixView | None = None
+        self.view = plan.view
 
     def add(self, problem: Problem, recording: Recording, targets: Any) -> None:
         """Take in one batch (recorded with its graph)."""
         k = self.plan.calls[0]
         call, axis, n = recording.calls[k], recording.axes[k], recording.samples
         assert axis is not None
-        self.view = matrix_view(self.plan, call)
         a = input_rows(self.plan, call, axis, n).squeeze(2).to(self.dtype)
         total = problem.batch_total(recording.outputs, targets)
         (gradient,) = torch.autograd.grad(
