@@ -217,7 +217,8 @@ class TransposedConvolution(LayerType):
 class Scale(LayerType):
     """Normalisations: ``z = w * x + b`` with ``x`` the normalised input, stored as ``inputs``.
 
-    ``options["features"]`` names the axes of the outputs that the parameters run over.
+    ``options["features"]`` names the axes of the outputs that the parameters run over,
+    ``options["raw"]`` is the input before normalisation.
     """
 
     name = "Norm"
@@ -354,7 +355,7 @@ def _layer_norm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]
     x = bound["input"].detach()
     bound["input"] = F.layer_norm(x, shape, None, None, bound["eps"])
     features = tuple(range(x.ndim - len(shape), x.ndim))
-    return {"kind": Scale(), **bound, "features": features}
+    return {"kind": Scale(), **bound, "raw": x, "features": features}
 
 
 def _rms_norm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -363,7 +364,8 @@ def _rms_norm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     x = bound["input"].detach()
     bound["input"] = F.rms_norm(x, shape, None, bound.get("eps"))
     features = tuple(range(x.ndim - len(shape), x.ndim))
-    return {"kind": Scale(), "weight": None, "bias": None, **bound, "features": features}
+    none = {"weight": None, "bias": None}
+    return {"kind": Scale(), **none, **bound, "raw": x, "features": features}
 
 
 def _group_norm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -371,7 +373,7 @@ def _group_norm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]
     bound = {"weight": None, "bias": None, "eps": 1e-5, **_bind(names, args, kwargs)}
     x = bound["input"].detach()
     bound["input"] = F.group_norm(x, bound["num_groups"], None, None, bound["eps"])
-    return {"kind": Scale(), **bound, "features": (1,)}
+    return {"kind": Scale(), **bound, "raw": x, "features": (1,)}
 
 
 def _batch_norm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -382,7 +384,7 @@ def _batch_norm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]
     x, training = bound["input"].detach(), bound["training"]
     mean, var = (None, None) if training else (bound["running_mean"], bound["running_var"])
     bound["input"] = F.batch_norm(x, mean, var, None, None, training, 0.0, bound["eps"])
-    return {"kind": Scale(), **bound, "features": (1,)}
+    return {"kind": Scale(), **bound, "raw": x, "features": (1,)}
 
 
 def _instance_norm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -394,7 +396,7 @@ def _instance_norm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, A
     x, own = bound["input"].detach(), bound["use_input_stats"]
     mean, var = (None, None) if own else (bound["running_mean"], bound["running_var"])
     bound["input"] = F.instance_norm(x, mean, var, None, None, own, 0.0, bound["eps"])
-    return {"kind": Scale(), **bound, "features": (1,)}
+    return {"kind": Scale(), **bound, "raw": x, "features": (1,)}
 
 
 _conv = _convolution(Convolution(), _CONV_ARGS)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import memory
 from ..layers import Call, SampleAxis
-from ..operators import DenseOperator, LowRankOperator, Operator, RowGramOperator
+from ..operators import DenseOperator, DiagonalOperator, LowRankOperator, Operator, RowGramOperator
 from .plan import BlockPlan, is_matrix
 from .recording import Recording
 
@@ -115,6 +115,11 @@ class GramAccumulator:
                 self.signs.append(sign.to(self.dtype))
             return
         v = sample_gradients(self.plan, recording, s).to(self.dtype)
+        if self.form == "diagonal":
+            square = v.square() if sign is None else v.square() * sign.to(v).unsqueeze(1)
+            total = square.sum(0)
+            self.matrix = total if self.matrix is None else self.matrix + total
+            return
         if self.form == "dense":
             left = v if sign is None else v * sign.to(self.dtype).unsqueeze(1)
             if self.matrix is None:
@@ -139,6 +144,9 @@ class GramAccumulator:
 
     def result(self, scale: float) -> Operator:
         """The finished operator. Sequences of different lengths are padded with zero rows."""
+        if self.form == "diagonal":
+            assert self.matrix is not None
+            return DiagonalOperator(self.matrix * scale)
         if self.form == "dense":
             assert self.matrix is not None
             return DenseOperator((self.matrix + self.matrix.mT) * (scale / 2), view=self.view)

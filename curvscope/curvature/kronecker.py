@@ -236,7 +236,7 @@ def assemble(
 _TITLES = {"exact": "exact Fisher", "mc": "sampled Fisher", "empirical": "empirical Fisher"}
 
 
-def _info(problem: Problem, kind: Kind, what: str, run: FactorRun, **settings: object) -> Provenance:
+def kronecker_info(problem: Problem, kind: Kind, what: str, run: FactorRun, **settings: object) -> Provenance:
     base = provenance(problem, kind, "kronecker factors")
     return base.with_(
         what=what,
@@ -267,10 +267,10 @@ def kfac(
     """
     check_option("sharing", sharing, ("expand", "reduce"))
     kind = label_kind(problem, fisher, seed, samples)
-    at = _prepared(problem, kind)
+    at = prepared(problem, kind)
     run = collect_factors(problem, kind, sharing, at)
     what = f"K-FAC ({_TITLES[fisher]}" + (", reduce)" if sharing == "reduce" else ")")
-    info = _info(problem, kind, what, run, fisher=fisher, sharing=sharing)
+    info = kronecker_info(problem, kind, what, run, fisher=fisher, sharing=sharing)
     blocks: dict[str, Operator] = {
         n: KroneckerOperator(f.G, f.A, f.view) for n, f in run.factors.items()
     }
@@ -287,8 +287,8 @@ def kflr(
     """
     check_option("sharing", sharing, ("expand", "reduce"))
     kind = Kind(GGN)
-    run = collect_factors(problem, kind, sharing, _prepared(problem, kind))
-    info = _info(problem, kind, "KFLR", run, sharing=sharing)
+    run = collect_factors(problem, kind, sharing, prepared(problem, kind))
+    info = kronecker_info(problem, kind, "KFLR", run, sharing=sharing)
     blocks: dict[str, Operator] = {
         n: KroneckerOperator(f.G, f.A, f.view) for n, f in run.factors.items()
     }
@@ -304,8 +304,8 @@ def foof(
     """
     check_option("sharing", sharing, ("expand", "reduce"))
     kind = Kind(GGN)
-    run = collect_factors(problem, kind, sharing, _prepared(problem, kind), need_outputs=scaled)
-    info = _info(problem, kind, "FOOF (scaled)" if scaled else "FOOF", run, sharing=sharing)
+    run = collect_factors(problem, kind, sharing, prepared(problem, kind), need_outputs=scaled)
+    info = kronecker_info(problem, kind, "FOOF (scaled)" if scaled else "FOOF", run, sharing=sharing)
     blocks: dict[str, Operator] = {}
     for name, f in run.factors.items():
         eye = torch.eye(f.view.out, dtype=f.A.dtype, device=f.A.device).expand_as(f.G)
@@ -349,7 +349,7 @@ def ekfac(
     return assemble(problem, blocks, info, reasons, uncovered)
 
 
-def _prepared(problem: Problem, kind: Kind) -> Snapshot:
+def prepared(problem: Problem, kind: Kind) -> Snapshot:
     if not isinstance(problem, Problem):
         raise OptionError(f"A Problem is needed, not {type(problem).__name__}.")
     problem.check()

@@ -1,0 +1,79 @@
+"""curvscope: the curvature of a neural network's loss, exact and approximate, side by side."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# public name -> module; resolved on first use, so that importing curvscope stays light
+_PUBLIC = {
+    "Problem": "problem",
+    "hessian": "curvature",
+    "ggn": "curvature",
+    "fisher": "curvature",
+    "empirical_fisher": "curvature",
+    "kfac": "curvature",
+    "ekfac": "curvature",
+    "kflr": "curvature",
+    "kfra": "curvature",
+    "foof": "curvature",
+    "diagonal_kf": "curvature",
+    "exact_diagonal": "curvature",
+    "hutchinson_diagonal": "curvature",
+    "best_diagonal": "operators",
+    "best_identity": "operators",
+    "best_kronecker": "operators",
+    "best_diagonal_kronecker": "operators",
+    "Operator": "operators",
+    "compare": "analysis",
+    "spectrum": "analysis",
+    "concentration": "analysis",
+    "coverage": "analysis",
+    "verify": "analysis",
+    "progress": "progress",
+}
+_MODULES = ("analysis", "curvature", "errors", "operators", "problem", "zoo")
+
+if TYPE_CHECKING:
+    from .analysis import compare, concentration, coverage, spectrum, verify
+    from .curvature import (
+        diagonal_kf,
+        ekfac,
+        empirical_fisher,
+        exact_diagonal,
+        fisher,
+        foof,
+        ggn,
+        hessian,
+        hutchinson_diagonal,
+        kfac,
+        kflr,
+        kfra,
+    )
+    from .operators import (
+        Operator,
+        best_diagonal,
+        best_diagonal_kronecker,
+        best_identity,
+        best_kronecker,
+    )
+    from .problem import Problem
+    from .progress import progress
+
+__all__ = [*_PUBLIC, *_MODULES, "__version__", "backpack"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
+    if name in _MODULES:
+        return importlib.import_module(f".{name}", __name__)
+    if name == "backpack":
+        return importlib.import_module(".curvature.backpack", __name__)
+    raise AttributeError(f"module 'curvscope' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,21 @@
+"""From a Problem to its curvature: exact matrices and approximations, all as Operators."""
+
+from .diagonal import diagonal_kf, exact_diagonal, hutchinson_diagonal
+from .exact import empirical_fisher, fisher, ggn, hessian
+from .kfra import kfra
+from .kronecker import ekfac, foof, kfac, kflr
+
+__all__ = [
+    "diagonal_kf",
+    "ekfac",
+    "empirical_fisher",
+    "exact_diagonal",
+    "fisher",
+    "foof",
+    "ggn",
+    "hessian",
+    "hutchinson_diagonal",
+    "kfac",
+    "kflr",
+    "kfra",
+]
