@@ -32,7 +32,7 @@ _PUBLIC = {
     "concentration": "analysis",
     "coverage": "analysis",
     "verify": "analysis",
-    "progress": "progress",
+    "show_progress": "progress",
 }
 _MODULES = ("analysis", "curvature", "errors", "operators", "problem", "zoo")
 
@@ -60,7 +60,7 @@ if TYPE_CHECKING:
         best_kronecker,
     )
     from .problem import Problem
-    from .progress import progress
+    from .progress import show_progress
 
 __all__ = [*_PUBLIC, *_MODULES, "__version__", "backpack"]
 

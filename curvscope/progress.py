@@ -12,7 +12,7 @@ _shown: ContextVar[bool] = ContextVar("curvscope_progress", default=False)
 
 
 @contextlib.contextmanager
-def progress(shown: bool = True) -> Iterator[None]:
+def show_progress(shown: bool = True) -> Iterator[None]:
     """Show (or hide) progress bars with the time left for everything computed inside."""
     token = _shown.set(shown)
     try:
