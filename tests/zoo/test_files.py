@@ -118,15 +118,29 @@ def test_cifar_batches(tmp_path: Path, inside: bool, protocol: int) -> None:
     assert labels.dtype == torch.int64
 
 
+def python_2_pickle(pixels: bytes, label: int) -> bytes:
+    """One image as the original files hold it: 8-bit strings, and NumPy's module of that time."""
+    return b"".join(
+        [
+            b"\x80\x02}(U\x04datacnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\n",
+            b"K\x00\x85U\x01b\x87R(K\x01K\x01M\x00\x0c\x86",  # version 1, shape (1, 3072)
+            b"cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNN",
+            b"J\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89",
+            b"T" + struct.pack("<I", len(pixels)) + pixels + b"tb",
+            b"U\x06labels]K" + bytes([label]) + b"au.",
+        ]
+    )
+
+
 def test_cifar_batches_pickled_by_python_2(tmp_path: Path) -> None:
-    """The originals name numpy.core, which newer NumPy calls numpy._core."""
     folder = tmp_path / "cifar-10-batches-py"
     write_cifar(folder)
-    path = folder / "data_batch_1"
-    old = path.read_bytes().replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
-    assert b"cnumpy.core.multiarray\n" in old
-    path.write_bytes(old)
-    assert len(datasets.cifar10(tmp_path).train) == 15
+    pixels = images(3072)
+    (folder / "data_batch_1").write_bytes(python_2_pickle(pixels.tobytes(), 7))
+    data = datasets.cifar10(tmp_path)
+    assert len(data.train) == 13
+    assert torch.equal(data.train.raw[0].flatten(), torch.from_numpy(pixels))
+    assert int(data.train.labels[0]) == 7
 
 
 class Attack:
