@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import OptionError, ParameterMismatchError, ShapeError
 from .base import Layout, Operator, Provenance
-from .wrappers import Restricted, Wrapper, norm_by_columns
+from .wrappers import Wrapper, norm_by_columns
 
 _SMALL = 4096  # rows up to which a norm is taken column by column
 _PARTS_NAMED = 3  # longer sums are called "sum of n matrices"
@@ -116,12 +116,7 @@ class Sum(Operator):
         return None
 
     def _restricted(self, index: Tensor, layout: Layout) -> Operator:
-        return Sum(
-            [
-                Restricted(term, index) if term.layout is None else term.restrict(layout.names)
-                for term in self.terms
-            ]
-        )
+        return Sum([term._restricted(index, layout) for term in self.terms])
 
 
 class Scaled(Wrapper):
@@ -173,7 +168,7 @@ class Scaled(Wrapper):
         return self.base.scaled(factor * self.factor)
 
     def _restricted(self, index: Tensor, layout: Layout) -> Operator:
-        return self.base.restrict(layout.names).scaled(self.factor)
+        return self.base._restricted(index, layout).scaled(self.factor)
 
 
 class Damped(Wrapper):
@@ -233,7 +228,7 @@ class Damped(Wrapper):
         return None if joint is None else joint.damped(self.damping)
 
     def _restricted(self, index: Tensor, layout: Layout) -> Operator:
-        return self.base.restrict(layout.names).damped(self.damping)
+        return self.base._restricted(index, layout).damped(self.damping)
 
 
 def _check_same_parameters(terms: Sequence[Operator]) -> None:

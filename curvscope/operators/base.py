@@ -137,7 +137,7 @@ class Operator(ABC):
         vectors = vectors.detach().to(dtype=self.dtype, device=self.device)
         if vectors.ndim == 1:
             return self._matmat(vectors.unsqueeze(1)).squeeze(1)
-        return self._matmat(vectors)
+        return self._matmat(vectors) if vectors.shape[1] else vectors.clone()
 
     def dense(self) -> Tensor:
         """The matrix itself ``[P, P]``.
