@@ -15,6 +15,7 @@ from .dense import set_parameters
 from .lowrank import LowRankOperator
 from .numerics import as_float, chunks, same_kind, symmetric, total
 from .row_algebra import SMALL
+from .rowhessian import RowHessianOperator
 from .view import MatrixView
 
 
@@ -265,6 +266,30 @@ class RowGramOperator(Operator):
         V = self.view.from_matrix(self.vectors(slice(None)).flatten(0, 1))
         return LowRankOperator(
             V, self.weights().flatten(), self.view, layout=self.layout, info=self.info
+        )
+
+    def to_row_hessian(self) -> RowHessianOperator:
+        """The same matrix with ``H_n = sum_c sign s_nc s_nc^T`` written out.
+
+        It takes ``T o`` rows per sample instead of ``C``.
+        """
+        positions, out = self.positions, self.view.groups * self.view.out
+        size = positions * out
+        memory.require(
+            2 * self._S.shape[1] * size**2 * self.dtype.itemsize,
+            f"The output matrices of the {self.info.what}",
+            "Keep the rows, or take fewer samples with problem.subset(n, seed).",
+            device=self.device,
+        )
+        H = rows_.outer_sums(self._S.flatten(2), self._signs)
+        return RowHessianOperator(
+            H.reshape(-1, positions, out, positions, out),
+            self._a,
+            self._scale,
+            view=self.view,
+            layout=self.layout,
+            info=self.info,
+            positive_semidefinite=self.positive_semidefinite,
         )
 
     def _inverse(self, damping: float) -> Operator:
