@@ -149,7 +149,7 @@ class BlockDiagonalOperator(Operator):
 
     def _inverse(self, damping: float) -> Operator:
         rest = 0.0
-        if self._mode == "zero" and self._free_rows():
+        if self._free_rows() and (self._mode == "zero" or self._rest + damping != 0):
             rest = IdentityOperator(1, self._rest, info=self.info).inverse(damping).trace()
         return self._map(lambda block: block.inverse(damping), rest)
 

@@ -256,8 +256,10 @@ def _blockwise(
         members[name] = block.layout.names
         if not needs_view or block.view is not None:
             blocks[name] = labelled(block)
-    mode = op._mode if isinstance(op, BlockDiagonalOperator) else "raise"
     info = op.info.with_(what=f"{what} to the {op.info.what}", exact=False)
-    return BlockDiagonalOperator(
-        blocks, op.layout, members, uncovered=mode, uncovered_names=op.uncovered, info=info
+    twin = BlockDiagonalOperator(
+        blocks, op.layout, members, uncovered_names=op.uncovered, info=info
     )
+    if isinstance(op, BlockDiagonalOperator):
+        twin._mode, twin._rest = op._mode, op._rest
+    return twin

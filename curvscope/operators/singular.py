@@ -62,7 +62,10 @@ def leading_pair(space: Space, start: Tensor, *, tol: float, max_iter: int) -> P
     ``iterations`` counts products with the map and its adjoint as one.
     """
     tol = max(tol, 16 * torch.finfo(start.dtype).eps)
-    right_one = start / _norm(start, space.right_metric)
+    length = _norm(start, space.right_metric)
+    if length == 0.0:
+        return Pair(0.0, space.forward(start) * 0.0, start * 0.0, 0.0, 0, True)
+    right_one = start / length
     iterations = 0
     while True:
         lefts: list[Tensor] = []
