@@ -1,5 +1,6 @@
 """Analyses: functions from operators to results."""
 
+from .compare import compare
 from .comparison import Comparison, ReferenceBlock, Row
 from .concentration import Concentration, concentration
 from .result import Cost, Result
@@ -13,6 +14,7 @@ __all__ = [
     "Result",
     "Row",
     "Spectrum",
+    "compare",
     "concentration",
     "spectrum",
 ]

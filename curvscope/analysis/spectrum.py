@@ -102,10 +102,7 @@ class Spectrum(Result):
 
     def damped_condition_number(self, damping: float) -> float:
         """Condition number of the matrix plus ``damping`` times the identity."""
-        sizes = (self.eigenvalues + damping).abs()
-        least, most = float(sizes.min()), float(sizes.max())
-        vanishes = least <= self.tolerance and (damping <= 0 or self.smallest < -self.tolerance)
-        return math.inf if vanishes or least == 0 else most / least
+        return condition_of(self.eigenvalues, damping, self.tolerance)
 
     def top(self, k: int = 10) -> Tensor:
         """The ``k`` eigenvalues of largest magnitude, largest first, with their signs."""
@@ -198,6 +195,18 @@ class Spectrum(Result):
         )
 
 
+def condition_of(values: Tensor, damping: float, tolerance: float) -> float:
+    """Condition number of a matrix with these eigenvalues plus ``damping`` times the identity.
+
+    Eigenvalues of magnitude up to ``tolerance`` count as zero; infinite where one then vanishes.
+    """
+    values = torch.where(values.abs() <= tolerance, 0.0, values) + damping
+    sizes = values.abs()
+    least, most = float(sizes.min()), float(sizes.max())
+    crossing = damping != 0 and float(values.min()) < 0  # a difference: known to tolerance only
+    return math.inf if least == 0 or (crossing and least <= tolerance) else most / least
+
+
 def spectrum(
     op: Operator | Tensor | np.ndarray, *, blocks: bool = False, tol: float | None = None
 ) -> Spectrum:
@@ -229,7 +238,7 @@ def spectrum(
         seconds = time.perf_counter() - begun
         parts[name] = _spectrum(block, values, tol, {"tol": tol}, seconds)
     joint = torch.cat([part.eigenvalues for part in parts.values()]).sort().values
-    warnings = ()
+    warnings: tuple[str, ...] = ()
     if op.uncovered:
         warnings = (f"The {op.info.what} does not define {listing(op.uncovered)}.",)
     return _spectrum(
