@@ -111,6 +111,8 @@ class Sum(Operator):
         # try to melt the new term into one of the present ones before growing the list
         for place, term in enumerate(self.terms):
             joint = term._plus(other)
+            if joint is None:
+                joint = other._plus(term)
             if joint is not None:
                 return Sum([*self.terms[:place], joint, *self.terms[place + 1 :]])
         return None

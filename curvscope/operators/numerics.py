@@ -156,7 +156,7 @@ def reciprocals(values: Tensor, damping: float, what: str, *, dim: int | None = 
     shifted = damped_values(values, damping, dim)
     tiny = shifted.abs() <= noise_level(values, dim)
     if damping > 0:  # a sum of two positive numbers is known to full precision
-        tiny &= values < 0
+        tiny &= shifted < damping
     bad = tiny | (shifted == 0) | ~torch.isfinite(1.0 / shifted)
     if bool(bad.any()):
         raise SingularError(

@@ -69,7 +69,7 @@ class Layout(tuple[ParameterSpec, ...]):
     def split(self, vector: Tensor) -> dict[str, Tensor]:
         """Cut ``[P]`` or ``[P, k]`` into the parameters' shapes (``k`` stays the last axis)."""
         return {
-            spec.name: vector[rows].reshape(*spec.shape, *vector.shape[1:])
+            spec.name: vector[rows].reshape((*spec.shape, *vector.shape[1:]))
             for spec, rows in zip(self, self.slices().values(), strict=True)
         }
 

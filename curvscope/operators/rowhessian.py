@@ -143,6 +143,8 @@ class RowHessianOperator(Operator):
 
     def output_forms(self, G: Tensor | None) -> Tensor:
         """``scale * <G_g, H_n[t, g, :, u, g, :]>``: ``[N, g, T, T]``; ``None`` is the identity."""
+        if self.simple and G is not None:  # without a copy of H
+            return self._scale * (self._H.flatten(1) @ G.flatten())[:, None, None, None]
         within = self._H.diagonal(dim1=2, dim2=5)  # [N, T, o, T, o, g]
         if G is None:
             forms = within.diagonal(dim1=2, dim2=4).sum(-1)
@@ -152,6 +154,9 @@ class RowHessianOperator(Operator):
 
     def output_moments(self, forms: Tensor) -> Tensor:
         """``scale * sum_n sum_tu forms_n[t, u] H_n[t, g, :, u, g, :]``: ``[g, o, o]``."""
+        if self.simple:
+            flat = forms.flatten() @ self._H.flatten(1)
+            return self._scale * flat.reshape(1, self.view.out, self.view.out)
         within = self._H.diagonal(dim1=2, dim2=5)
         return self._scale * torch.einsum("ntoupg,ngtu->gop", within, forms)
 

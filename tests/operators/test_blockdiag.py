@@ -112,7 +112,7 @@ def test_damping_reaches_the_uncovered_rows() -> None:
 
 def test_unknown_blocks_are_refused_with_the_nearest_names() -> None:
     op = partial()
-    with pytest.raises(UnknownBlockError, match="Did you mean .*'fc1'"):
+    with pytest.raises(UnknownBlockError, match=r"Did you mean .*'fc1'"):
         op.blocks["fc"]
     with pytest.raises(KeyError):
         op.blocks["something else"]
