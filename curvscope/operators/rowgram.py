@@ -99,12 +99,10 @@ class RowGramOperator(Operator):
         result = torch.empty_like(vectors, memory_format=torch.contiguous_format)
         # one column takes N T g o numbers for its outputs, and d for itself
         for columns in chunks(vectors.shape[1], self._S[0].numel() + self.shape[0]):
-            y = self.project(vectors[:, columns])
+            y = self._scale * self.project(vectors[:, columns])
             if self._signs is not None:
                 y = y * self._signs.unsqueeze(-1)
-            z = self._by_sample().mT @ (self._scale * y).transpose(0, 1)  # [N, Tgo, k]
-            z = z.reshape(*self._S.shape[1:], z.shape[-1])
-            result[:, columns] = self.view.from_stack(rows_.weights(self._a, z))
+            result[:, columns] = self.combine(y)
         return result
 
     def project(self, vectors: Tensor) -> Tensor:
@@ -112,6 +110,12 @@ class RowGramOperator(Operator):
         z = rows_.outputs(self._a, self.view.to_stack(vectors))
         z = z.reshape(z.shape[0], -1, z.shape[-1])
         return (self._by_sample() @ z).transpose(0, 1)
+
+    def combine(self, coefficients: Tensor) -> Tensor:
+        """``sum_cn y_cn v_cn`` for coefficients ``[C, N, k]``: ``[P, k]``, adjoint to project."""
+        z = self._by_sample().mT @ coefficients.transpose(0, 1)  # [N, Tgo, k]
+        z = z.reshape(*self._S.shape[1:], z.shape[-1])
+        return self.view.from_stack(rows_.weights(self._a, z))
 
     def vectors(self, samples: slice) -> Tensor:
         """``v_cn`` of some samples in the matrix view: ``[C, n, g, o, i]``."""
