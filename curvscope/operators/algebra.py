@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
 
 from ..errors import OptionError, ParameterMismatchError, ShapeError
 from .base import Layout, Operator, Provenance
+from .blocks import Blocks, MappedBlocks
 from .wrappers import Wrapper, norm_by_columns
 
 _SMALL = 4096  # rows up to which a norm is taken column by column
@@ -94,14 +96,15 @@ class Sum(Operator):
 
     @property
     def blocks(self) -> Mapping[str, Operator]:
-        first, *others = (term.blocks for term in self.terms)
-        if not first or any(list(first) != list(blocks) for blocks in others):
-            return {}
-        joint = dict(first)
-        for blocks in others:
-            for name, block in blocks.items():
-                joint[name] = joint[name] + block
-        return joint
+        parts = [term.blocks for term in self.terms]
+        names = list(parts[0])
+        if any(list(blocks) != names for blocks in parts):
+            return Blocks({})
+
+        def make(name: str) -> Operator:
+            return reduce(add, (blocks[name] for blocks in parts))
+
+        return MappedBlocks(names, make)
 
     @property
     def uncovered(self) -> tuple[str, ...]:
@@ -156,7 +159,8 @@ class Scaled(Wrapper):
 
     @property
     def blocks(self) -> Mapping[str, Operator]:
-        return {name: block.scaled(self.factor) for name, block in self.base.blocks.items()}
+        own = self.base.blocks
+        return MappedBlocks(list(own), lambda name: own[name].scaled(self.factor))
 
     def _inverse(self, damping: float) -> Operator:
         if self.factor == 0:
@@ -214,7 +218,8 @@ class Damped(Wrapper):
 
     @property
     def blocks(self) -> Mapping[str, Operator]:
-        return {name: block.damped(self.damping) for name, block in self.base.blocks.items()}
+        own = self.base.blocks
+        return MappedBlocks(list(own), lambda name: own[name].damped(self.damping))
 
     def _inverse(self, damping: float) -> Operator:
         return self.base.inverse(self.damping + damping)

@@ -7,7 +7,6 @@ import math
 import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
     from .view import MatrixView
 
 __all__ = ["Layout", "Operator", "ParameterSpec", "Provenance"]
-
-_NO_BLOCKS: Mapping[str, Operator] = MappingProxyType({})
 
 
 class Operator(ABC):
@@ -113,7 +110,9 @@ class Operator(ABC):
     @property
     def blocks(self) -> Mapping[str, Operator]:
         """Diagonal blocks by name, in order; empty for a matrix without blocks."""
-        return _NO_BLOCKS
+        from .blocks import Blocks
+
+        return Blocks({})
 
     @property
     def uncovered(self) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from ..errors import UnknownBlockError, nearest
 from .base import Operator
@@ -42,3 +42,25 @@ class Blocks(Mapping[str, Operator]):
 
     def __repr__(self) -> str:
         return f"Blocks({self._blocks!r})"
+
+
+class MappedBlocks(Mapping[str, Operator]):
+    """Blocks made from other blocks when they are asked for, since those may be costly."""
+
+    def __init__(self, names: Sequence[str], make: Callable[[str], Operator]) -> None:
+        self._names, self._make = tuple(names), make
+
+    def __getitem__(self, name: str) -> Operator:
+        return self._make(name)  # an unknown name is refused by the blocks underneath
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __repr__(self) -> str:
+        return f"MappedBlocks({list(self._names)!r})"

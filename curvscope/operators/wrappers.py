@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import OptionError, ShapeError
 from .base import Layout, Operator, Provenance
+from .blocks import MappedBlocks
 from .numerics import chunks, unit_columns
 
 
@@ -85,7 +86,8 @@ class Converted(Wrapper):
 
     @property
     def blocks(self) -> Mapping[str, Operator]:
-        return {k: block.to(self.dtype, self.device) for k, block in self.base.blocks.items()}
+        own = self.base.blocks
+        return MappedBlocks(list(own), lambda name: own[name].to(self.dtype, self.device))
 
 
 def norm_by_columns(op: Operator) -> float:
