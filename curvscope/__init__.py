@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -35,32 +35,6 @@ _PUBLIC = {
     "show_progress": "progress",
 }
 _MODULES = ("analysis", "curvature", "errors", "operators", "problem", "zoo")
-
-if TYPE_CHECKING:
-    from .analysis import compare, concentration, coverage, spectrum, verify
-    from .curvature import (
-        diagonal_kf,
-        ekfac,
-        empirical_fisher,
-        exact_diagonal,
-        fisher,
-        foof,
-        ggn,
-        hessian,
-        hutchinson_diagonal,
-        kfac,
-        kflr,
-        kfra,
-    )
-    from .operators import (
-        Operator,
-        best_diagonal,
-        best_diagonal_kronecker,
-        best_identity,
-        best_kronecker,
-    )
-    from .problem import Problem
-    from .progress import show_progress
 
 __all__ = [*_PUBLIC, *_MODULES, "__version__", "backpack"]
 

@@ -307,6 +307,11 @@ _CONV_ARGS = ("input", "weight", "bias", "stride", "padding", "dilation", "group
 _TRANSPOSED_ARGS = (
     *("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation"),
 )
+_EMBEDDING_ARGS = (
+    *("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
+)
+_STATISTICS_ARGS = ("input", "running_mean", "running_var", "weight", "bias")
+_LAST_ARGS = ("momentum", "eps")
 _CONV_DEFAULTS = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 
 
@@ -331,9 +336,7 @@ def _convolution(kind: LayerType, names: Sequence[str]) -> Callable[..., dict[st
 
 
 def _embedding(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    names = ("input", "weight", "padding_idx", "max_norm", "norm_type")
-    names = (*names, "scale_grad_by_freq", "sparse")
-    bound = _bind(names, args, kwargs)
+    bound = _bind(_EMBEDDING_ARGS, args, kwargs)
     if bound.get("max_norm") is not None or bound.get("scale_grad_by_freq"):
         return {}
     padding = bound.get("padding_idx")
@@ -377,10 +380,8 @@ def _group_norm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]
 
 
 def _batch_norm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    names = ("input", "running_mean", "running_var", "weight", "bias", "training")
-    names = (*names, "momentum", "eps")
     defaults: dict[str, Any] = {"weight": None, "bias": None, "training": False, "eps": 1e-5}
-    bound = {**defaults, **_bind(names, args, kwargs)}
+    bound = {**defaults, **_bind((*_STATISTICS_ARGS, "training", *_LAST_ARGS), args, kwargs)}
     x, training = bound["input"].detach(), bound["training"]
     mean, var = (None, None) if training else (bound["running_mean"], bound["running_var"])
     bound["input"] = F.batch_norm(x, mean, var, None, None, training, 0.0, bound["eps"])
@@ -388,8 +389,7 @@ def _batch_norm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]
 
 
 def _instance_norm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    names = ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats")
-    names = (*names, "momentum", "eps")
+    names = (*_STATISTICS_ARGS, "use_input_stats", *_LAST_ARGS)
     defaults: dict[str, Any] = {"running_mean": None, "running_var": None, "weight": None}
     defaults |= {"bias": None, "use_input_stats": True, "eps": 1e-5}
     bound = {**defaults, **_bind(names, args, kwargs)}

@@ -72,7 +72,7 @@ def rademacher(size: int, probes: int, generator: torch.Generator, like: Tensor)
 def spatial_average(vector: Tensor, problem: Problem) -> Tensor:
     """Average convolution weights (three axes and more) over their kernel positions.
 
-    ``vector`` is ``[P]`` or ``[P, k]``. AdaHessian's spatial averaging (Yao et al. 2021, section 3.2).
+    ``vector`` is ``[P]`` or ``[P, k]``. Source: AdaHessian (Yao et al. 2021, section 3.2).
     """
     result = vector.clone()
     for spec, rows in zip(problem.layout, problem.layout.slices().values(), strict=True):
@@ -94,8 +94,7 @@ def hutchinson_diagonal(
 ) -> BlockDiagonalOperator:
     """Hutchinson's estimate of the Hessian's diagonal, ``mean_k z_k * (H z_k)`` (AdaHessian).
 
-    ``z`` has independent +-1 entries from a generator seeded with ``seed``; the estimate is unbiased
-    with variance ``sum_{j != i} H_ij^2`` per probe (Bekas, Kokiopoulou and Saad 2007). The returned
+    ``z`` has independent +-1 entries, drawn with ``seed``; the estimate is unbiased with variance ``sum_{j != i} H_ij^2`` per probe (Bekas, Kokiopoulou and Saad 2007). The returned
     operator has ``.stderr`` ``[P]``, the standard error of each entry from the spread over probes
     (NaN for one probe), and ``.probes``. ``spatial=True`` averages convolution weights over their
     kernel positions, as AdaHessian does; the estimate is then biased.

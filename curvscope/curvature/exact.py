@@ -9,8 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
-from ..errors import DataError, OptionError, UnsupportedLayerError, UnsupportedLossError, check_option
+from ..errors import (
+    DataError,
+    OptionError,
+    UnsupportedLayerError,
+    UnsupportedLossError,
+    check_option,
+)
 from ..operators import Blocks, LowRankOperator, Operator, Provenance
 from ..problem import Problem, Snapshot
 from ..progress import track
@@ -30,9 +35,7 @@ class AutogradOperator(Operator):
     operator was made, even if the model is trained on meanwhile.
     """
 
-    def __init__(
-        self, problem: Problem, kind: Kind, names: Sequence[str], at: Snapshot
-    ) -> None:
+    def __init__(self, problem: Problem, kind: Kind, names: Sequence[str], at: Snapshot) -> None:
         self.problem, self.kind, self.at = problem, kind, at
         self.layout = problem.layout.restrict(names)
         self.parameters = [problem.params[n] for n in self.layout.names]
@@ -140,10 +143,11 @@ class WholeOperator(AutogradOperator):
             return valid[0]
         wanted = "piecewise-linear" if hessian and self.route == "gram" else self.route
         if wanted not in valid:
-            reason = plan.reasons.get(wanted, plan.reasons.get("gram", f"not for a {self.kind.title}"))
+            reason = plan.reasons.get(
+                wanted, plan.reasons.get("gram", f"not for a {self.kind.title}")
+            )
             raise UnsupportedLayerError(
-                f"Route {self.route!r} is not valid for block {name!r}: {reason}. "
-                "Use route='auto'."
+                f"Route {self.route!r} is not valid for block {name!r}: {reason}. Use route='auto'."
             )
         return wanted
 
@@ -161,9 +165,7 @@ class WholeOperator(AutogradOperator):
         elif route == "rows":
             self._together(row_blocks, [name], route)
         if name not in self._blocks:
-            block: Operator = AutogradOperator(
-                self.problem, self.kind, self.members[name], self.at
-            )
+            block: Operator = AutogradOperator(self.problem, self.kind, self.members[name], self.at)
             block.view = self.plans[name].view
             self._blocks[name] = block
         return self._blocks[name]
@@ -326,7 +328,7 @@ def hessian(problem: Problem, *, route: str = "auto") -> WholeOperator:
 
 
 def ggn(problem: Problem, *, route: str = "auto") -> WholeOperator:
-    """The generalised Gauss-Newton matrix ``(1/M) sum_m J_m^T (d^2 l_m/dz^2) J_m`` (Schraudolph 2002).
+    """Generalised Gauss-Newton ``(1/M) sum_m J_m^T (d^2 l_m/dz^2) J_m`` (Schraudolph 2002).
 
     Positive semi-definite for convex losses. Blocks come as ``V V^T`` in one backward pass per
     output (factored for Linear layers), else by double backward. ``route="backpack"`` takes
@@ -362,6 +364,3 @@ def empirical_fisher(
     """
     check_option("per", per, ("sample", "term"))
     return _make(problem, Kind(EMPIRICAL, per=per), route)
-
-
-

@@ -79,7 +79,9 @@ def _still_valid(
     now = plan_blocks(problem, recording, {p.name: p.names for p in plans})
     for plan in plans:
         if route not in now[plan.name].routes or now[plan.name].calls != plan.calls:
-            reason = now[plan.name].reasons.get(route, "a later batch uses the parameters otherwise")
+            reason = now[plan.name].reasons.get(
+                route, "a later batch uses the parameters otherwise"
+            )
             raise RouteFailed(plan.name, reason)
 
 

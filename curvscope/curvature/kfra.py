@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import torch
@@ -158,7 +159,7 @@ def _chain(recording: Recording) -> list[int]:
                 f"KFRA needs samples that do not influence each other, which "
                 f"{recording.calls[k].kind.name} does not show; use cs.ggn."
             )
-    for first, second in zip(calls, calls[1:], strict=False):
+    for first, second in itertools.pairwise(calls):
         z, later = recording.calls[first].outputs, recording.calls[second].outputs
         between = downstream(later.grad_fn, z.grad_fn)
         around = downstream(recording.outputs.grad_fn, z.grad_fn)

@@ -236,7 +236,10 @@ def assemble(
 _TITLES = {"exact": "exact Fisher", "mc": "sampled Fisher", "empirical": "empirical Fisher"}
 
 
-def kronecker_info(problem: Problem, kind: Kind, what: str, run: FactorRun, **settings: object) -> Provenance:
+def kronecker_info(
+    problem: Problem, kind: Kind, what: str, run: FactorRun, **settings: object
+) -> Provenance:
+    """Provenance of an approximation made of Kronecker factors."""
     base = provenance(problem, kind, "kronecker factors")
     return base.with_(
         what=what,
@@ -259,9 +262,9 @@ def kfac(
     """K-FAC: ``G (x) A`` per Linear and convolution layer (Martens and Grosse 2015, eq. 1;
     Grosse and Martens 2016 for convolutions, where ``expand`` is KFC).
 
-    ``fisher`` says which labels the output gradients use: the exact expectation, ``"mc"`` (``samples``
-    labels per term drawn with ``seed``) or ``"empirical"`` (the observed ones). ``sharing`` see the
-    module. Blocks without factors are listed in ``op.uncovered``, with reasons in
+    ``fisher`` says which labels the output gradients use: the exact expectation, ``"mc"``
+    (``samples`` labels per term drawn with ``seed``) or ``"empirical"`` (the observed ones).
+    ``sharing`` see the module. Blocks without factors are listed in ``op.uncovered``, with reasons in
     ``op.info.settings["uncovered"]``. Cost: one backward pass per output (exact), per sample (mc),
     or one.
     """
@@ -305,7 +308,9 @@ def foof(
     check_option("sharing", sharing, ("expand", "reduce"))
     kind = Kind(GGN)
     run = collect_factors(problem, kind, sharing, prepared(problem, kind), need_outputs=scaled)
-    info = kronecker_info(problem, kind, "FOOF (scaled)" if scaled else "FOOF", run, sharing=sharing)
+    info = kronecker_info(
+        problem, kind, "FOOF (scaled)" if scaled else "FOOF", run, sharing=sharing
+    )
     blocks: dict[str, Operator] = {}
     for name, f in run.factors.items():
         eye = torch.eye(f.view.out, dtype=f.A.dtype, device=f.A.device).expand_as(f.G)
@@ -350,6 +355,7 @@ def ekfac(
 
 
 def prepared(problem: Problem, kind: Kind) -> Snapshot:
+    """Check the problem for a matrix of this kind, and hold on to the current parameters."""
     if not isinstance(problem, Problem):
         raise OptionError(f"A Problem is needed, not {type(problem).__name__}.")
     problem.check()

@@ -13,25 +13,129 @@ from typing import Any
 from torch import Tensor
 
 _LINEAR = set(
-    """Add Sub RSub Neg View UnsafeView Reshape ReshapeAlias T Transpose Permute Expand Squeeze
-    Unsqueeze Slice Select Index IndexSelect Gather Cat Stack Split SplitWithSizes Unbind Chunk
-    Clone Alias ToCopy Sum Mean AvgPool2D AvgPool3D AdaptiveAvgPool2D AdaptiveAvgPool3D
-    MkldnnAdaptiveAvgPool2D UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D
-    UpsampleBilinear2D UpsampleLinear1D UpsampleTrilinear3D UpsampleBicubic2D ConstantPadNd
-    ReflectionPad1D ReflectionPad2D ReflectionPad3D ReplicationPad1D ReplicationPad2D Flip Roll
-    Repeat PixelShuffle PixelUnshuffle Unfold Im2Col Col2Im Movedim Diagonal AsStrided Contiguous
-    Narrow Swapaxes Tril Triu Trace Cumsum""".split()
+    [
+        "Add",
+        "Sub",
+        "RSub",
+        "Neg",
+        "View",
+        "UnsafeView",
+        "Reshape",
+        "ReshapeAlias",
+        "T",
+        "Transpose",
+        "Permute",
+        "Expand",
+        "Squeeze",
+        "Unsqueeze",
+        "Slice",
+        "Select",
+        "Index",
+        "IndexSelect",
+        "Gather",
+        "Cat",
+        "Stack",
+        "Split",
+        "SplitWithSizes",
+        "Unbind",
+        "Chunk",
+        "Clone",
+        "Alias",
+        "ToCopy",
+        "Sum",
+        "Mean",
+        "AvgPool2D",
+        "AvgPool3D",
+        "AdaptiveAvgPool2D",
+        "AdaptiveAvgPool3D",
+        "MkldnnAdaptiveAvgPool2D",
+        "UpsampleNearest1D",
+        "UpsampleNearest2D",
+        "UpsampleNearest3D",
+        "UpsampleBilinear2D",
+        "UpsampleLinear1D",
+        "UpsampleTrilinear3D",
+        "UpsampleBicubic2D",
+        "ConstantPadNd",
+        "ReflectionPad1D",
+        "ReflectionPad2D",
+        "ReflectionPad3D",
+        "ReplicationPad1D",
+        "ReplicationPad2D",
+        "Flip",
+        "Roll",
+        "Repeat",
+        "PixelShuffle",
+        "PixelUnshuffle",
+        "Unfold",
+        "Im2Col",
+        "Col2Im",
+        "Movedim",
+        "Diagonal",
+        "AsStrided",
+        "Contiguous",
+        "Narrow",
+        "Swapaxes",
+        "Tril",
+        "Triu",
+        "Trace",
+        "Cumsum",
+    ]
 )
 _PIECEWISE = set(
-    """Relu LeakyRelu Hardtanh Threshold MaxPool2DWithIndices MaxPool3DWithIndices MaxPool2D
-    AdaptiveMaxPool2D AdaptiveMaxPool3D Abs Max Min Amax Amin Clamp ClampMin ClampMax Maximum
-    Minimum Hardshrink Softshrink Where MkldnnMaxPool2D Sort Topk Median Mode MaskedFill
-    SqueezeDim""".split()
+    [
+        "Relu",
+        "LeakyRelu",
+        "Hardtanh",
+        "Threshold",
+        "MaxPool2DWithIndices",
+        "MaxPool3DWithIndices",
+        "MaxPool2D",
+        "AdaptiveMaxPool2D",
+        "AdaptiveMaxPool3D",
+        "Abs",
+        "Max",
+        "Min",
+        "Amax",
+        "Amin",
+        "Clamp",
+        "ClampMin",
+        "ClampMax",
+        "Maximum",
+        "Minimum",
+        "Hardshrink",
+        "Softshrink",
+        "Where",
+        "MkldnnMaxPool2D",
+        "Sort",
+        "Topk",
+        "Median",
+        "Mode",
+        "MaskedFill",
+        "SqueezeDim",
+    ]
 )
 # linear in each argument, so linear as long as only one of them depends on the layer
 _BILINEAR = set(
-    """Mul Addmm Mm Bmm Baddbmm Addbmm Mv Addmv Dot Convolution MkldnnConvolution CudnnConvolution
-    Linear MkldnnLinear PreluKernel Addcmul Lerp""".split()
+    [
+        "Mul",
+        "Addmm",
+        "Mm",
+        "Bmm",
+        "Baddbmm",
+        "Addbmm",
+        "Mv",
+        "Addmv",
+        "Dot",
+        "Convolution",
+        "MkldnnConvolution",
+        "CudnnConvolution",
+        "Linear",
+        "MkldnnLinear",
+        "PreluKernel",
+        "Addcmul",
+        "Lerp",
+    ]
 )
 
 

@@ -179,8 +179,7 @@ def batch_product(
 
     def pieces(column: Tensor) -> list[Tensor]:
         return [
-            part.reshape(p.shape)
-            for part, p in zip(column.split(split), parameters, strict=True)
+            part.reshape(p.shape) for part, p in zip(column.split(split), parameters, strict=True)
         ]
 
     if kind.matrix == HESSIAN:
@@ -200,9 +199,7 @@ def batch_product(
     middle = output_product(problem, kind, outputs, targets, samples, generator)
     # J v by two backward passes: J^T w is linear in w
     w = torch.zeros_like(outputs, requires_grad=True)
-    back = torch.autograd.grad(
-        outputs, parameters, w, create_graph=True, allow_unused=True
-    )
+    back = torch.autograd.grad(outputs, parameters, w, create_graph=True, allow_unused=True)
     used = [(g, i) for i, g in enumerate(back) if g is not None and g.requires_grad]
     if not used:
         return result

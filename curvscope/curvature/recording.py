@@ -173,9 +173,7 @@ def _find_samples(recording: Recording) -> None:
             if gradient is None:
                 continue
             candidates[k] = [
-                axis
-                for axis in candidates[k]
-                if not bool(axis.first(gradient, n)[outside].any())
+                axis for axis in candidates[k] if not bool(axis.first(gradient, n)[outside].any())
             ]
     recording.axes = [found[0] if found else None for found in candidates]
 

@@ -42,9 +42,7 @@ class RowHessianAccumulator:
         assert axis is not None
         a = input_rows(self.plan, call, axis, n).squeeze(2).to(self.dtype)
         total = problem.batch_total(recording.outputs, targets)
-        (gradient,) = torch.autograd.grad(
-            total, call.outputs, create_graph=True, allow_unused=True
-        )
+        (gradient,) = torch.autograd.grad(total, call.outputs, create_graph=True, allow_unused=True)
         t, out = self.plan.positions, self.plan.outputs
         if gradient is None:
             gradient = torch.zeros_like(call.outputs)

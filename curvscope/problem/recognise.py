@@ -171,7 +171,7 @@ def _module_loss(module: nn.Module, reduction: str) -> Loss:
         )
     if isinstance(module, nn.SmoothL1Loss) and module.beta == 0:
         module = nn.L1Loss(reduction=reduction)
-    summed = copy.copy(module)
+    summed: Any = copy.copy(module)
     summed.reduction = "sum"
     by_sample = isinstance(module, _BY_SAMPLE) or reduction == "batchmean"
     if isinstance(module, nn.MultiLabelSoftMarginLoss) and module.weight is not None:

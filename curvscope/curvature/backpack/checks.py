@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils.parametrize import is_parametrized
 
 from ...errors import BackpackError
 from ...problem import Problem
@@ -18,8 +19,9 @@ from ...problem.losses import BinaryCrossEntropy, CrossEntropy, SquaredError
 from ...problem.state import is_batch_norm
 from ..recording import graph_uses
 from .copying import Twin
-from .table import Spec
+from .table import Spec, supported_types
 
+_MISSING = {("KFRA", "BCEWithLogitsLoss")}  # registered, but not implemented
 _AVERAGE = (nn.AvgPool2d, nn.AvgPool3d)
 
 
@@ -54,10 +56,14 @@ def _refuse_parameters(problem: Problem, spec: Spec) -> None:
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append(f"{module_name}.{key}".lstrip("."))
-        if "weight" in vars(module) and isinstance(vars(module)["weight"], Tensor):
+        mine = any(n.startswith(f"{module_name}.") for n in problem.params)
+        if (mine or spec.curved) and (
+            is_parametrized(module) or isinstance(vars(module).get("weight"), Tensor)
+        ):
             raise BackpackError(
                 f"The weight of layer {module_name!r} is computed from other parameters "
-                f"(weight_norm, spectral_norm), which BackPACK cannot see. Use {spec.instead}."
+                f"(weight_norm, spectral_norm, ...), which BackPACK cannot see. "
+                f"Use {spec.instead}."
             )
     for name, parameter in problem.params.items():
         if len(owners[id(parameter)]) > 1:
@@ -95,6 +101,11 @@ def _refuse_loss(problem: Problem, spec: Spec) -> None:
             f"BackPACK's {spec.name} knows MSELoss, CrossEntropyLoss and BCEWithLogitsLoss, not "
             f"the loss {loss.name!r}; a factor or regulariser in a callable loss would be "
             f"invisible to it. Use {spec.instead}."
+        )
+    known = {kind.__name__ for kind in supported_types(spec)}
+    if loss.name not in known or (spec.name, loss.name) in _MISSING:
+        raise BackpackError(
+            f"BackPACK's {spec.name} does not support {loss.name}. Use {spec.instead}."
         )
 
 
@@ -218,10 +229,12 @@ def _layer_fault(module: Any, monitor: Monitor, samples: int, spec: Spec) -> str
 
 
 def refuse_uses(spec: Spec, twin: Twin, outputs: Tensor) -> None:
-    """Every parameter must enter the graph exactly once."""
+    """Every parameter must enter the graph exactly once (those of recurrent layers at all)."""
+    recurrent = [m for m in twin.owners() if isinstance(m, nn.RNNBase)]
+    repeated = {name for m in recurrent for name in twin.owners()[m]}
     label = {id(p): name for name, p in twin.parameters.items()}
     for key, count in graph_uses(outputs, twin.parameters.values()).items():
-        if count > 1:
+        if count > 1 and label[key] not in repeated:
             raise _tied(label[key], f"{count} times in a forward pass", spec)
         if count == 0:
             raise BackpackError(

@@ -237,6 +237,7 @@ def refuse_unknown(
 
 def _converted(module: nn.Module, known: set[type], spec: Spec) -> nn.Module:
     """The model as BackPACK's converter rewrites it, every operation a layer."""
+    from backpack.custom_module.branching import SumModule
     from backpack.custom_module.graph_utils import convert_module_to_backpack
 
     advice = f"Write it with nn.Sequential and layers of torch.nn, or use {spec.instead}."
@@ -257,6 +258,11 @@ def _converted(module: nn.Module, known: set[type], spec: Spec) -> nn.Module:
                 f"({node.name}), which is no layer that BackPACK could differentiate. {advice}"
             )
         layer = graph_module.get_submodule(node.target)
+        if isinstance(layer, SumModule) and spec.name in ("KFLR", "KFRA"):
+            raise BackpackError(
+                f"BackPACK's {spec.name} does not support residual connections ({node.target!r} "
+                f"adds the outputs of several layers). Use {spec.instead}."
+            )
         if type(layer) not in known and not _transparent(layer):
             raise BackpackError(
                 f"BackPACK's {spec.name} does not support layer {node.target!r} "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -132,7 +133,7 @@ def _trial(job: Job, twin: Twin, inputs: Tensor, targets: Any) -> None:
     inputs, targets = select(inputs, few, count), select(targets, few, count)
     with torch.no_grad():
         wanted = problem.outputs(inputs)
-    with _translated(spec, twin, None):
+    with _translated(spec):
         outputs, seen = checks.monitored(twin, inputs)
     checks.refuse_outputs(problem, spec, outputs, wanted, samples)
     checks.refuse_layers(spec, twin, seen, samples, job.unscaled)
@@ -163,7 +164,7 @@ def _backward(job: Job, spec: Spec, twin: Twin, inputs: Tensor, targets: Any) ->
     grouped = any(getattr(m, "groups", 1) != 1 for _, m in twin.layers())
     options = job.options if spec is job.spec else {}
     extension = _located(make_extension(spec, grouped=grouped, **options), twin)
-    with _translated(spec, twin, extension):
+    with _translated(spec, extension=extension):
         outputs = twin.module(inputs)
         if spec.curved:
             loss = backpack.extend(_loss_module(job.problem))
@@ -211,16 +212,18 @@ def _collect(job: Job, spec: Spec, twin: Twin, samples: int) -> Batch:
                     f"BackPACK's {spec.name} of parameter {name!r} is NaN or infinite, although "
                     f"the loss is finite: its formulas overflow. Use {spec.instead}."
                 )
-        fields[name] = _guarded(job, twin, name, value) if callable(value) else value
+        fields[name] = _guarded(job, name, value) if callable(value) else value
         gradients[name] = parameter.grad  # type: ignore[assignment]
     return Batch(samples, fields, gradients)
 
 
-def _guarded(job: Job, twin: Twin, name: str, product: Callable[[Tensor], Tensor]) -> Any:
+def _guarded(job: Job, name: str, product: Callable[[Tensor], Tensor]) -> Any:
     """A product function of BackPACK, which computes only when it is called."""
 
+    place = f" in the product for parameter {name!r}"
+
     def guarded(vectors: Tensor) -> Tensor:
-        with _default_dtype(job.problem.dtype), _translated(job.spec, twin, None, name):
+        with _default_dtype(job.problem.dtype), _translated(job.spec, place):
             return product(vectors).detach()
 
     return guarded
@@ -252,7 +255,7 @@ def _located(extension: Any, twin: Twin) -> Any:
 
 
 @contextmanager
-def _translated(spec: Spec, twin: Twin, extension: Any, where: str | None = None) -> Iterator[None]:
+def _translated(spec: Spec, where: str = "", extension: Any = None) -> Iterator[None]:
     """Errors of BackPACK as ``BackpackError``, with the layer's name; its warnings silent."""
     try:
         with warnings.catch_warnings():
@@ -261,10 +264,12 @@ def _translated(spec: Spec, twin: Twin, extension: Any, where: str | None = None
     except (CurvscopeError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:
-        place = where or getattr(extension, "current", None)
-        at = f" at layer {place!r}" if place else ""
-        detail = str(error).strip().splitlines()
+        place = getattr(extension, "current", None)
+        at = where or (f" at layer {place!r}" if place else "")
+        # the address of an extension says nothing
+        detail = re.sub(r"<\S+ object at 0x\w+>", spec.name, str(error))
+        detail = detail.strip().partition("\n")[0].rstrip(".")
         raise BackpackError(
             f"BackPACK's {spec.name} failed{at}: {type(error).__name__}"
-            f"{': ' + detail[0] if detail else ''}. Use {spec.instead}."
+            f"{': ' + detail if detail else ''}. Use {spec.instead}."
         ) from error
