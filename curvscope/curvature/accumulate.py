@@ -144,6 +144,8 @@ class GramAccumulator:
 
     def result(self, scale: float) -> Operator:
         """The finished operator. Sequences of different lengths are padded with zero rows."""
+        if self.matrix is None and not self.vectors and not self.s:
+            return self._zero()
         if self.form == "diagonal":
             assert self.matrix is not None
             return DiagonalOperator(self.matrix * scale)
@@ -165,6 +167,13 @@ class GramAccumulator:
         if self.signs:
             signs = self._stack_signs(passes)
         return RowGramOperator(s, a, scale, signs=signs, view=self.view)
+
+    def _zero(self) -> Operator:
+        """Nothing was added: the loss has no curvature in the outputs."""
+        d, device = self.plan.size, self.plan.parameters[0].device
+        if self.form == "vectors":
+            return LowRankOperator(torch.zeros(d, 1, dtype=self.dtype, device=device))
+        return DiagonalOperator(torch.zeros(d, dtype=self.dtype, device=device), view=self.view)
 
     def _stack_signs(self, passes: int) -> Tensor:
         rows, start = [], 0

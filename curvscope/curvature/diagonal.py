@@ -94,10 +94,11 @@ def hutchinson_diagonal(
 ) -> BlockDiagonalOperator:
     """Hutchinson's estimate of the Hessian's diagonal, ``mean_k z_k * (H z_k)`` (AdaHessian).
 
-    ``z`` has independent +-1 entries, drawn with ``seed``; the estimate is unbiased with variance ``sum_{j != i} H_ij^2`` per probe (Bekas, Kokiopoulou and Saad 2007). The returned
-    operator has ``.stderr`` ``[P]``, the standard error of each entry from the spread over probes
-    (NaN for one probe), and ``.probes``. ``spatial=True`` averages convolution weights over their
-    kernel positions, as AdaHessian does; the estimate is then biased.
+    ``z`` has independent +-1 entries, drawn with ``seed``; the estimate is unbiased with variance
+    ``sum_{j != i} H_ij^2`` per probe (Bekas, Kokiopoulou and Saad 2007). The returned operator has
+    ``.stderr`` ``[P]``, the standard error of each entry from the spread over probes (NaN for one
+    probe), and ``.probes``. ``spatial=True`` averages convolution weights over their kernel
+    positions, as AdaHessian does; the estimate is then biased.
 
     Cost: one product with the matrix per probe.
     """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -131,47 +133,58 @@ class WholeOperator(AutogradOperator):
 
     def route_of(self, name: str) -> str:
         """The route that will compute a block. Raises ``UnsupportedLayerError`` if it cannot."""
-        plan = self.plans[name]
-        hessian = self.kind.matrix == HESSIAN
         if self.route == "backpack":
             return "backpack"
-        allowed = ("piecewise-linear", "rows", "autograd") if hessian else ("gram", "autograd")
-        valid = [r for r in plan.routes if r in allowed]
-        if self.route == "auto":
-            if "rows" in valid[:1] and plan.positions * plan.outputs >= plan.size:
-                valid = valid[1:]
-            return valid[0]
-        wanted = "piecewise-linear" if hessian and self.route == "gram" else self.route
-        if wanted not in valid:
-            reason = plan.reasons.get(
-                wanted, plan.reasons.get("gram", f"not for a {self.kind.title}")
+        valid = self._valid(name)
+        if not valid:
+            reasons = self.plans[name].reasons
+            reason = reasons.get(
+                self._wanted, reasons.get("gram", f"it is none for a {self.kind.title}")
             )
             raise UnsupportedLayerError(
                 f"Route {self.route!r} is not valid for block {name!r}: {reason}. Use route='auto'."
             )
-        return wanted
+        return valid[0]
+
+    @property
+    def _wanted(self) -> str:
+        """The forced route under the name that it has in the plans."""
+        if self.kind.matrix == HESSIAN and self.route == "gram":
+            return "piecewise-linear"
+        return self.route
+
+    def _valid(self, name: str) -> list[str]:
+        """Routes that may compute a block, the cheapest first; empty if the forced one may not."""
+        plan = self.plans[name]
+        hessian = self.kind.matrix == HESSIAN
+        allowed = ("piecewise-linear", "rows", "autograd") if hessian else ("gram", "autograd")
+        valid = [r for r in plan.routes if r in allowed]
+        if self.route != "auto":
+            return [r for r in valid if r == self._wanted]
+        if "rows" in valid[:1] and plan.positions * plan.outputs >= plan.size:
+            return valid[1:]
+        return valid
 
     def _compute(self, name: str) -> Operator:
-        if name in self._blocks:
-            return self._blocks[name]
-        route = self.route_of(name)
-        if route == "backpack":
-            from .backpack import sqrt_ggn
+        while name not in self._blocks:  # a route that fails on a later batch gives way to the next
+            route = self.route_of(name)
+            if route == "backpack":
+                from .backpack import sqrt_ggn
 
-            self._blocks.update(sqrt_ggn(self.problem).blocks)
-        elif route in ("gram", "piecewise-linear"):
-            same = [n for n in self.members if self.route_of(n) == route]
-            self._together(gram_blocks, same, route)
-        elif route == "rows":
-            self._together(row_blocks, [name], route)
-        if name not in self._blocks:
-            block: Operator = AutogradOperator(self.problem, self.kind, self.members[name], self.at)
-            block.view = self.plans[name].view
-            self._blocks[name] = block
+                self._blocks.update(sqrt_ggn(self.problem).blocks)
+            elif route in ("gram", "piecewise-linear"):
+                same = [n for n in self.members if route in self._valid(n)[:1]]
+                self._together(functools.partial(gram_blocks, route=route), same, route)
+            elif route == "rows":
+                self._together(row_blocks, [name], route)
+            else:
+                block = AutogradOperator(self.problem, self.kind, self.members[name], self.at)
+                block.view = self.plans[name].view
+                self._blocks[name] = block
         return self._blocks[name]
 
     def _together(self, compute: Any, names: list[str], route: str) -> None:
-        """Compute blocks that share passes; those whose route fails later go by autograd."""
+        """Compute blocks that share passes; one whose route fails on a later batch loses it."""
         names = [n for n in names if n not in self._blocks]
         kind = Kind(GGN) if route == "piecewise-linear" else self.kind
         start = time.perf_counter()
@@ -179,10 +192,10 @@ class WholeOperator(AutogradOperator):
             found, passes = compute(self.problem, kind, [self.plans[n] for n in names], self.at)
         except RouteFailed as failed:
             plan = self.plans[failed.block]
-            routes = tuple(r for r in plan.routes if r == "autograd")
-            reasons = {**plan.reasons, route: failed.reason, "gram": failed.reason}
-            self.plans[failed.block] = BlockPlan(
-                plan.name, plan.names, plan.parameters, plan.calls, routes, reasons
+            self.plans[failed.block] = dataclasses.replace(
+                plan,
+                routes=tuple(r for r in plan.routes if r != route),
+                reasons={**plan.reasons, route: failed.reason},
             )
             rest = [n for n in names if n != failed.block]
             if rest:

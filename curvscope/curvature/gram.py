@@ -13,7 +13,7 @@ from ..problem import Problem, Snapshot
 from ..problem.losses import root_cotangents, sampled_cotangents, scaled_terms
 from ..progress import track
 from .accumulate import GramAccumulator
-from .plan import BlockPlan, plan_blocks
+from .plan import BlockPlan, broken, plan_blocks
 from .products import EMPIRICAL, FISHER, Kind
 from .recording import Recording, record
 from .rowhessian import RowHessianAccumulator
@@ -76,13 +76,8 @@ def pass_count(problem: Problem, kind: Kind, recording: Recording) -> int:
 def _still_valid(
     problem: Problem, recording: Recording, plans: Sequence[BlockPlan], route: str
 ) -> None:
-    now = plan_blocks(problem, recording, {p.name: p.names for p in plans})
-    for plan in plans:
-        if route not in now[plan.name].routes or now[plan.name].calls != plan.calls:
-            reason = now[plan.name].reasons.get(
-                route, "a later batch uses the parameters otherwise"
-            )
-            raise RouteFailed(plan.name, reason)
+    for name, reason in broken(problem, recording, plans, route).items():
+        raise RouteFailed(name, reason)
 
 
 def gram_blocks(
@@ -91,8 +86,12 @@ def gram_blocks(
     plans: Sequence[BlockPlan],
     at: Snapshot,
     form: str | None = None,
+    route: str = "gram",
 ) -> tuple[dict[str, Operator], float]:
-    """Compute the blocks; returns them and the number of backward passes over the data."""
+    """Compute the blocks; returns them and the number of backward passes over the data.
+
+    ``route="piecewise-linear"`` makes sure that every batch allows it.
+    """
     generator = kind.generator()
     accumulators: dict[str, GramAccumulator] = {}
     passes = 0.0
@@ -102,8 +101,8 @@ def gram_blocks(
         batches = problem.batches()
         for inputs, targets in track(batches, f"{kind.title} blocks", total=facts.batches):
             recording = record_batch(problem, inputs, targets)
-            if passes:
-                _still_valid(problem, recording, plans, "gram")
+            if accumulators:
+                _still_valid(problem, recording, plans, route)
             count = pass_count(problem, kind, recording)
             if not accumulators:
                 for plan in plans:

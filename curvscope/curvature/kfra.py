@@ -41,7 +41,11 @@ def kfra(problem: Problem, *, uncovered: str = "raise") -> BlockDiagonalOperator
     with problem.session(at):
         inputs, targets = next(problem.batches())
         order = _chain(record_batch(problem, inputs, targets))
-    positions = {k: name for name in run.factors for k in plans[name].calls}
+    # weight and bias may be blocks of their own, which share the layer's output factor
+    positions: dict[int, list[str]] = {}
+    for name in run.factors:
+        for k in plans[name].calls:
+            positions.setdefault(k, []).append(name)
     facts = problem.check()
     curvature: Tensor | None = None
     factors: dict[str, Tensor] = {}
@@ -60,9 +64,9 @@ def kfra(problem: Problem, *, uncovered: str = "raise") -> BlockDiagonalOperator
         top = curvature is None
         curvature = total * (problem.scale if top else 1.0 / facts.samples)
         k = order[level - 1]
-        if k in positions:
-            view = run.factors[positions[k]].view
-            factors[positions[k]] = _output_factor(curvature, view.groups, view.out, problem, at, k)
+        for name in positions.get(k, ()):
+            view = run.factors[name].view
+            factors[name] = _output_factor(curvature, view.groups, view.out, problem, at, k)
     blocks: dict[str, Operator] = {
         name: KroneckerOperator(factors[name].to(f.A), f.A, f.view)
         for name, f in run.factors.items()

@@ -264,8 +264,8 @@ def kfac(
 
     ``fisher`` says which labels the output gradients use: the exact expectation, ``"mc"``
     (``samples`` labels per term drawn with ``seed``) or ``"empirical"`` (the observed ones).
-    ``sharing`` see the module. Blocks without factors are listed in ``op.uncovered``, with reasons in
-    ``op.info.settings["uncovered"]``. Cost: one backward pass per output (exact), per sample (mc),
+    ``sharing``: see the module. Blocks without factors are listed in ``op.uncovered``, with reasons
+    in ``op.info.settings["uncovered"]``. Cost: one backward pass per output (exact), per sample (mc),
     or one.
     """
     check_option("sharing", sharing, ("expand", "reduce"))

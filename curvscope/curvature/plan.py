@@ -53,6 +53,7 @@ class BlockPlan:
 
 
 def uses_of(parameter: Tensor, calls: Sequence[Call]) -> tuple[int, ...]:
+    """Positions of the calls that use a parameter."""
     return tuple(k for k, c in enumerate(calls) if c.weight is parameter or c.bias is parameter)
 
 
@@ -87,33 +88,68 @@ def matrix_view(parameters: Sequence[Tensor], calls: Sequence[Call]) -> MatrixVi
     return MatrixView(groups, out, inp + 1, perm)
 
 
+def not_separable(
+    recording: Recording, members: Sequence[str], own: Sequence[Tensor], uses: dict[int, int]
+) -> str | None:
+    """Why the parameters' gradients do not fall apart into samples; ``None`` if they do."""
+    for member, p in zip(members, own, strict=True):
+        seen = len(uses_of(p, recording.calls))
+        if seen != uses[id(p)]:
+            return (
+                f"{member!r} is used {uses[id(p)]} times, {seen} of them in a layer that "
+                "curvscope can take apart"
+            )
+    if not recording.separable_outputs:
+        return (
+            f"outputs {list(recording.outputs.shape)} do not start with the "
+            f"{recording.samples} samples"
+        )
+    for p in own:
+        for k in uses_of(p, recording.calls):
+            if recording.axes[k] is None:
+                return f"samples influence each other behind {recording.calls[k].kind.name}"
+    return None
+
+
+def broken(
+    problem: Problem, recording: Recording, plans: Sequence[BlockPlan], route: str = "gram"
+) -> dict[str, str]:
+    """Plans, made on an earlier batch, that do not hold on this one: block -> reason."""
+    uses = graph_uses(recording.outputs, problem.params.values())
+    reasons = {}
+    for plan in plans:
+        calls = [k for p in plan.parameters for k in uses_of(p, recording.calls)]
+        reason = not_separable(recording, plan.names, plan.parameters, uses)
+        if reason is None and tuple(sorted(set(calls))) != plan.calls:
+            reason = "a later batch uses its parameters otherwise"
+        if reason is None and route == "piecewise-linear":
+            z = recording.calls[plan.calls[0]].outputs
+            if not is_piecewise_linear(recording.outputs, z, log_softmax=_log_softmax(problem)):
+                reason = "what follows the layer is not piecewise linear in a later batch"
+        if reason is not None:
+            reasons[plan.name] = reason
+    return reasons
+
+
+def _log_softmax(problem: Problem) -> bool:
+    return bool(getattr(problem.loss, "log_probabilities", False))
+
+
 def plan_blocks(
     problem: Problem, recording: Recording, blocks: dict[str, tuple[str, ...]]
 ) -> dict[str, BlockPlan]:
     """The valid routes of every block on this batch."""
     parameters = list(problem.params.values())
     uses = graph_uses(recording.outputs, parameters)
-    log_softmax = bool(getattr(problem.loss, "log_probabilities", False))
+    log_softmax = _log_softmax(problem)
     plans = {}
     for name, members in blocks.items():
         own = tuple(problem.params[m] for m in members)
         found = tuple(sorted({k for p in own for k in uses_of(p, recording.calls)}))
         reasons: dict[str, str] = {}
-        for member, p in zip(members, own, strict=True):
-            seen = len(uses_of(p, recording.calls))
-            if seen != uses[id(p)]:
-                reasons["gram"] = (
-                    f"{member!r} is used {uses[id(p)]} times, {seen} of them in a layer that "
-                    "curvscope can take apart"
-                )
-        if "gram" not in reasons and not recording.separable_outputs:
-            reasons["gram"] = (
-                f"outputs {list(recording.outputs.shape)} do not start with the "
-                f"{recording.samples} samples"
-            )
-        coupled = [recording.calls[k].kind.name for k in found if recording.axes[k] is None]
-        if "gram" not in reasons and coupled:
-            reasons["gram"] = f"samples influence each other behind {coupled[0]}"
+        reason = not_separable(recording, members, own, uses)
+        if reason is not None:
+            reasons["gram"] = reason
         plan = BlockPlan(name, members, own, found, (), reasons)
         routes = ["autograd"]
         if "gram" not in reasons:
