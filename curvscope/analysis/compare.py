@@ -79,7 +79,8 @@ def compare(
         Bytes that may be used for forming matrices. By default a quarter of what is available, and
         no matrix of more than 3,000 rows.
     metrics
-        Names of the metrics to compute; all by default.
+        Names of the metrics to compute. By default all, but of structured matrices with more than
+        200,000 rows none that iterates.
     best_in_class
         Whether to find the nearest member of each class.
 
@@ -102,7 +103,8 @@ def compare(
     )
     vector = _gradient(gradient, reference)
     members, with_whole = partition(reference, others, blocks)
-    job = _Job(reference, others, vector, damping, chosen, limits, best_in_class)
+    thorough = metrics is not None
+    job = _Job(reference, others, vector, damping, chosen, limits, best_in_class, thorough)
     for name, names in track(list(members.items()), "Comparing blocks"):
         job.block(name, names)
     if with_whole:
@@ -146,10 +148,11 @@ class _Job:
         metrics: tuple[str, ...],
         limits: Limits,
         best_in_class: bool,
+        thorough: bool,
     ) -> None:
         self.reference, self.others = reference, others
         self.gradient, self.metrics, self.limits = gradient, metrics, limits
-        self.best_in_class = best_in_class
+        self.best_in_class, self.thorough = best_in_class, thorough
         self.dampings = {name: damping_of(op, name, damping) for name, op in others.items()}
         self.rows: list[Row] = []
         self.references: list[ReferenceBlock] = []
@@ -223,6 +226,7 @@ class _Job:
             already_damped=inside,
             gradient=vector,
             probes=probes,
+            thorough=self.thorough,
         )
         self.pairs[other].append(pair)
         self.rows.append(self._row(name, other, pair, nearest, found))
@@ -263,6 +267,7 @@ class _Job:
             damping=damping,
             already_damped=inside,
             gradient=self.gradient,
+            thorough=self.thorough,
         )
         self.rows.append(self._row(WHOLE, other, pair, nearest, found, outside=facts))
         pair.release()

@@ -6,18 +6,19 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
 import torch
-from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor
 
 from .. import memory
 from ..errors import CurvscopeError, NonFiniteError, NotDefinedError
-from ..operators import DenseOperator, Operator
+from ..operators import DenseOperator, EigenKroneckerOperator, Operator
 from ..operators.numerics import log_determinant
 from .coerce import in_float64
+from .gram_form import GramForm
+from .lanczos import leading_by_products, leading_of_dense
 from .structure import (
     as_numpy,
+    eigen_form,
     eigen_rows,
     has_inverse_form,
     is_structured,
@@ -26,10 +27,8 @@ from .structure import (
 
 _ROWS = 3000  # beyond, O(d^3) takes more than a few seconds
 _COPIES = 6  # matrices of one size that a comparison holds at its peak
-_DIRECT = 500  # rows up to which a full eigen-decomposition beats Lanczos
-_LANCZOS_TOL = 1e-6  # of eigenvalues of matrices that are not formed
-_LANCZOS_STEPS = 60
 _STEPS = 500  # of conjugate gradients with a structured matrix
+_LEADING_TOL = 1e-3  # relative residual of leading eigenpairs by products
 _SOLVED = 1e-10  # relative residual of conjugate gradients
 
 
@@ -71,9 +70,10 @@ class Facts:
         self.structured = is_structured(op)
         self.known = self.small or self.structured
         self.products = 0
+        self.gram = None if self.small else GramForm.of(self.op, limits.rows)
         self._dense: Tensor | None = None
         self._solved: dict[float, tuple[Tensor, float]] = {}
-        self._leading: dict[int, tuple[Tensor, Tensor]] = {}
+        self._leading: dict[int, tuple[Tensor, Tensor, float]] = {}
 
     @property
     def name(self) -> str:
@@ -124,6 +124,8 @@ class Facts:
         self._solved.clear()
         self._leading.clear()
         self.op = in_float64(self.given)
+        for name in ("eigen", "eigenvalues"):
+            vars(self).pop(name, None)
 
     def matmat(self, vectors: Tensor) -> Tensor:
         """Product with ``[P, k]``, counted where the matrix is known by its products only."""
@@ -167,8 +169,12 @@ class Facts:
     @cached_property
     def eigenvalues(self) -> Tensor:
         """All eigenvalues ``[P]``, ascending."""
+        if self.gram is not None:
+            return self.gram.eigenvalues
+        if self.eigen is not None:
+            return self.eigen.eigenvalues().to(torch.float64)
         rows = eigen_rows(self.op)
-        if rows < self.size and rows <= self.limits.rows and self.structured:
+        if rows < self.size and rows <= max(self.limits.rows, _ROWS) and self.structured:
             return self.op.eigenvalues().to(torch.float64).sort().values
         if not self.small:
             raise self.too_large("All eigenvalues", "Pass memory= to allow it.")
@@ -186,44 +192,33 @@ class Facts:
         try:
             return float(self.eigenvalues.abs().max()), 0.0
         except TooLargeError:
-            return largest_magnitude(self.matvec, self.size, formed=False)
+            values, _, residuals = leading_by_products(
+                self.matvec, self.size, device=self.op.device
+            )
+            return float(values.abs()[0]), float(residuals[0])
 
-    def leading(self, count: int) -> tuple[Tensor, Tensor]:
-        """The ``count`` eigenvalues of largest magnitude and their vectors ``[P, count]``."""
+    def leading(self, count: int) -> tuple[Tensor, Tensor, float]:
+        """The ``count`` eigenvalues of largest magnitude, their vectors ``[P, count]``, and the
+        largest residual where they were iterated, relative to the largest eigenvalue."""
         if count not in self._leading:
-            self._leading[count] = self._leading_pairs(count)
+            values, vectors, residual = self._leading_pairs(count)
+            self._leading[count] = values.to(torch.float64), vectors.to(torch.float64), residual
         return self._leading[count]
 
-    def _leading_pairs(self, count: int) -> tuple[Tensor, Tensor]:
-        found = leading_by_structure(self.op, count)
+    def _leading_pairs(self, count: int) -> tuple[Tensor, Tensor, float]:
+        found = leading_by_structure(self.eigen or self.op, count)
+        if found is None and self.gram is not None:
+            found = self.gram.leading(count)
+        if found is None and self.small:
+            found = leading_of_dense(self.dense, count)
         if found is not None:
-            return found[0].to(torch.float64), found[1].to(torch.float64)
-        if self.small and self.size <= max(_DIRECT, 2 * count):
-            values, vectors = torch.linalg.eigh(self.dense)
-            order = values.abs().argsort(descending=True, stable=True)[:count]
-            return values[order], vectors[:, order]
+            return *found, 0.0
         if not self.known:
             raise self.too_large("Leading eigenvectors", "Use cs.eigsh(op, k).")
-        product = self._dense_product if self.small else self.matvec
-        try:
-            values, vectors = _arpack(product, self.size, count, 0.0 if self.small else 1e-8)
-        except ArpackNoConvergence as stopped:
-            if self.small:
-                values, vectors = map(np.asarray, torch.linalg.eigh(self.dense.cpu()))
-            else:
-                raise TooLargeError(
-                    f"Lanczos iteration for {count} eigenvectors of the {self.name} has not "
-                    "converged. Use cs.eigsh(op, k) with a larger budget."
-                ) from stopped
-        order = np.argsort(-np.abs(values), kind="stable")[:count]
-        device = self.op.device
-        return (
-            torch.as_tensor(values[order], device=device),
-            torch.as_tensor(np.ascontiguousarray(vectors[:, order]), device=device),
+        values, vectors, residuals = leading_by_products(
+            self.matvec, self.size, count, device=self.op.device, tol=_LEADING_TOL
         )
-
-    def _dense_product(self, vector: Tensor) -> Tensor:
-        return self.dense @ vector.to(self.dense.device)
+        return values, vectors, float(residuals.max() / values.abs().max())
 
     # -- damped ----------------------------------------------------------------------------------
 
@@ -231,8 +226,15 @@ class Facts:
         """``log det(M + damping I)``; raises ``NotDefinedError`` unless positive definite."""
         return log_determinant(self.eigenvalues, damping, self.name, dim=self.size)
 
+    @cached_property
+    def eigen(self) -> EigenKroneckerOperator | None:
+        """The matrix in its Kronecker-product eigenbasis, where it has one."""
+        return eigen_form(self.op)
+
     def inverse(self, damping: float) -> Operator:
         """``(M + damping I)^-1`` where that is affordable."""
+        if self.eigen is not None:
+            return self.eigen.inverse(damping)
         if has_inverse_form(self.op):
             return self.op.inverse(damping)
         if not self.small:
@@ -248,6 +250,8 @@ class Facts:
         if damping not in self._solved:
             if self.small or has_inverse_form(self.op):
                 found = (self.inverse(damping) @ vector).to(torch.float64), 0.0
+            elif self.gram is not None:
+                found = self.gram.solve(vector, damping), 0.0
             else:
                 steps = _STEPS if self.structured else self.limits.products
                 found = conjugate_gradients(self, vector, damping, steps)
@@ -279,23 +283,3 @@ def conjugate_gradients(
         before, square = square, float(residual @ residual)
         direction = residual + (square / before) * direction
     return solution, math.sqrt(square) / size if size else 0.0
-
-
-def largest_magnitude(product, size: int, *, formed: bool) -> tuple[float, float]:  # type: ignore[no-untyped-def]
-    """``||M||_2`` by Lanczos iteration, and the residual of the eigenpair."""
-    tol = 1e-12 if formed else _LANCZOS_TOL
-    values, vectors = _arpack(product, size, 1, tol)
-    vector = torch.as_tensor(vectors[:, 0])
-    residual = float(torch.linalg.vector_norm(product(vector).cpu() - values[0] * vector))
-    return abs(float(values[0])), 0.0 if formed else residual
-
-
-def _arpack(product, size: int, count: int, tol: float) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[no-untyped-def]
-    def multiply(array: np.ndarray) -> np.ndarray:
-        return as_numpy(product(torch.from_numpy(np.array(array, dtype=np.float64).reshape(-1))))
-
-    start = np.random.default_rng(0).standard_normal(size)  # its own generator, always the same
-    linear = LinearOperator((size, size), matvec=multiply, dtype=np.float64)
-    steps = None if tol == 0.0 or tol <= 1e-12 else _LANCZOS_STEPS
-    values, vectors = eigsh(linear, k=count, which="LM", tol=tol, v0=start, maxiter=steps)
-    return values, vectors

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..errors import NotDefinedError
 from ..operators import Operator
-from .facts import Facts, Limits, largest_magnitude
+from .facts import Facts, Limits
+from .lanczos import leading_by_products, norm_of_dense
 
 _BATCH = 8  # probes multiplied at once
 _FEWEST = 8  # probes below which a standard error says nothing
@@ -89,8 +90,10 @@ class Pair:
         already_damped: bool = False,
         gradient: Tensor | None = None,
         probes: Callable[[], Probes] | None = None,
+        thorough: bool = False,
     ) -> None:
         self.reference, self.approximation = reference, approximation
+        self.thorough = thorough
         self.given_damping = damping
         self.damping = damping or 0.0
         self.own_damping = 0.0 if already_damped else self.damping
@@ -167,18 +170,17 @@ class Pair:
     def difference_norm(self) -> tuple[float, float]:
         """``||R - B||_2`` and the residual where it was iterated."""
         if self.method == "exact":
-            if self.size <= 400:
-                return float(torch.linalg.eigvalsh(self.difference).abs().max()), 0.0
-            difference = self.difference
-            device = difference.device
-            return largest_magnitude(lambda v: difference @ v.to(device), self.size, formed=True)
+            return norm_of_dense(self.difference), 0.0
         for facts in (self.reference, self.approximation):
             if not facts.known:
                 raise facts.too_large("The spectral norm", "Use cs.norm(R - B, 'spectral').")
         reference, approximation = self.reference, self.approximation
-        return largest_magnitude(
-            lambda v: reference.matvec(v) - approximation.matvec(v), self.size, formed=False
+        values, _, residuals = leading_by_products(
+            lambda v: reference.matvec(v) - approximation.matvec(v),
+            self.size,
+            device=reference.op.device,
         )
+        return float(values.abs()[0]), float(residuals[0])
 
 
 def estimate(samples: Tensor) -> Value:

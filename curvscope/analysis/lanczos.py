@@ -1,0 +1,105 @@
+"""Leading eigenvalues by Lanczos iteration, of matrices that are formed or known by products."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+from torch import Tensor
+
+_DIRECT = 500  # rows up to which a full eigen-decomposition beats iterating
+_STEPS = 30
+_TOL = 1e-3
+
+
+def leading_of_dense(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` eigenvalues of largest magnitude of ``[d, d]`` and their vectors, to rounding.
+
+    By ARPACK for large matrices, and by a full decomposition where that has not converged.
+    """
+    size = matrix.shape[0]
+    if size > max(_DIRECT, 4 * count):
+
+        def multiply(array: np.ndarray) -> np.ndarray:
+            vector = torch.from_numpy(np.array(array, dtype=np.float64).reshape(-1))
+            return (matrix @ vector.to(matrix.device)).cpu().numpy()
+
+        linear = LinearOperator((size, size), matvec=multiply, dtype=np.float64)
+        start = _start(size).numpy()
+        try:
+            values, vectors = eigsh(linear, k=count, which="LM", tol=0, v0=start)
+            order = np.argsort(-np.abs(values), kind="stable")
+            return (
+                torch.as_tensor(values[order], device=matrix.device),
+                torch.as_tensor(np.ascontiguousarray(vectors[:, order]), device=matrix.device),
+            )
+        except ArpackNoConvergence:
+            pass
+    found, basis = torch.linalg.eigh(matrix)
+    places = found.abs().argsort(descending=True, stable=True)[:count]
+    return found[places], basis[:, places]
+
+
+def norm_of_dense(matrix: Tensor) -> float:
+    """Spectral norm of a symmetric ``[d, d]``, to rounding."""
+    if matrix.shape[0] <= _DIRECT:
+        return float(torch.linalg.eigvalsh(matrix).abs().max())
+    return float(leading_of_dense(matrix, 1)[0].abs()[0])
+
+
+def leading_by_products(
+    product: Callable[[Tensor], Tensor],
+    size: int,
+    count: int = 1,
+    *,
+    device: torch.device | str = "cpu",
+    steps: int = _STEPS,
+    tol: float = _TOL,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Lanczos with full reorthogonalisation: values, vectors ``[d, count]`` and residuals.
+
+    ``product`` maps ``[d]`` to ``[d]`` in float64. At most ``steps`` products; stops once all
+    residuals are below ``tol`` times the largest magnitude. Values are ordered by magnitude.
+    """
+    steps = min(steps, size)
+    basis = torch.zeros(steps, size, dtype=torch.float64, device=device)
+    diagonal: list[float] = []
+    beside: list[float] = []
+    vector = _start(size).to(device)
+    basis[0] = vector / vector.norm()
+    for step in range(steps):
+        image = product(basis[step])
+        diagonal.append(float(basis[step] @ image))
+        for _ in range(2):  # once is not enough (Parlett)
+            image -= basis[: step + 1].mT @ (basis[: step + 1] @ image)
+        length = float(image.norm())
+        values, rotation = _small(diagonal, beside)
+        order = values.abs().argsort(descending=True, stable=True)[:count]
+        values, rotation = values[order], rotation[:, order]
+        residuals = length * rotation[-1].abs()
+        top = float(values.abs().max())
+        done = len(order) == count and float(residuals.max()) <= tol * top
+        if done or step == steps - 1 or length <= 1e-14 * max(top, math.ulp(1.0)):
+            vectors = basis[: step + 1].mT @ rotation.to(device)
+            return values, vectors, residuals
+        beside.append(length)
+        basis[step + 1] = image / length
+    raise AssertionError("unreachable")
+
+
+def _small(diagonal: list[float], beside: list[float]) -> tuple[Tensor, Tensor]:
+    tridiagonal = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
+    if beside:
+        off = torch.tensor(beside, dtype=torch.float64)
+        tridiagonal += torch.diag(off, 1) + torch.diag(off, -1)
+    values, vectors = torch.linalg.eigh(tridiagonal)
+    return values, vectors
+
+
+def _start(size: int) -> Tensor:
+    """Always the same random vector, from a generator of its own."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(size, generator=generator, dtype=torch.float64)
