@@ -454,11 +454,14 @@ class Problem:
                 start += size
         return self.with_data(parts)
 
-    def with_data(self, data: Any) -> Problem:
-        """The same problem on other data, a list of ``(inputs, targets)`` pairs or a loader."""
-        return Problem(
-            self.user_model, self.user_loss, data, name=self.name, **self._options
-        )  # type: ignore[arg-type]
+    def with_data(self, data: Any, **changes: Any) -> Problem:
+        """The same problem on other data, a list of ``(inputs, targets)`` pairs or a loader.
+
+        ``changes`` replaces arguments that the problem was made with (``dtype=``, ``blocks=``,
+        ``model=``, ...).
+        """
+        given = {"model": self.user_model, "loss": self.user_loss, "name": self.name}
+        return Problem(data=data, **{**given, **self._options, **changes})  # type: ignore[arg-type]
 
     def describe(self) -> str:
         """One sentence: model, sizes, loss."""
