@@ -34,7 +34,7 @@ _PUBLIC = {
     "verify": "analysis",
     "show_progress": "progress",
 }
-_MODULES = ("analysis", "curvature", "errors", "operators", "problem", "zoo")
+_MODULES = ("analysis", "curvature", "errors", "operators", "optim", "problem", "zoo")
 
 __all__ = [*_PUBLIC, *_MODULES, "__version__", "backpack"]
 

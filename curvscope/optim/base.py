@@ -1,0 +1,216 @@
+"""What all optimizers of curvscope have in common.
+
+A subclass sets ``method`` and ``layer_types``, asks for its :class:`~.tap.LayerTap` with
+:meth:`CurvatureOptimizer._tap_layers`, keeps what belongs to a block in :meth:`block_state`, and
+defines :meth:`step`, :meth:`_operator`, :meth:`_factors` and :meth:`_diagnose`. Everything else
+is here: parameters and blocks, the fallback rule, saving and loading, checks, operators and tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..errors import ModelError, NonFiniteError, OptionError, check_option
+from ..operators import Layout
+from ..problem.blocks import make_blocks
+from . import checks, saving
+from .averaging import average, choose_group
+from .fallback import FALLBACK_LR, fallback_update
+from .inspection import Inspection
+from .layer import find_layers
+from .tap import LayerCall, LayerTap, remove_dead_hooks
+
+
+class CurvatureOptimizer(Inspection, torch.optim.Optimizer):
+    """Base class; see the module for what a subclass provides.
+
+    ``params`` is ``None`` (every trainable parameter of the model), parameters, names and patterns
+    as in ``cs.Problem``, or a list of torch's parameter-group dictionaries. Every group has its own
+    ``lr`` and other options. What the method does not define is updated by ``fallback`` (``"adam"``
+    or ``"sgd"``) with the group's ``fallback_lr`` (1e-3 or 1e-2 unless given), which follows the
+    schedule of ``lr``.
+
+    With ``torch.distributed`` initialised, statistics are averaged over the process group:
+    ``process_group=None`` takes that of a ``DistributedDataParallel`` model or the default group,
+    ``False`` none. Give every rank an equal share of the batch.
+
+    Attributes: ``model`` (without a ``DistributedDataParallel`` around it), ``params`` (name ->
+    Parameter, in the model's order), ``layout``, ``blocks`` (name -> parameter names, as in
+    ``cs.Problem``), ``layers`` (block -> Layer the method defines), ``steps`` (steps taken).
+    """
+
+    method: ClassVar[str] = "curvature optimizer"
+    layer_types: ClassVar[tuple[type[nn.Module], ...]] = ()
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Any,
+        defaults: dict[str, Any],
+        *,
+        fallback: str = "adam",
+        process_group: Any = None,
+    ) -> None:
+        check_option("fallback", fallback, FALLBACK_LR)
+        checks.check_model(model, self.method)
+        self.fallback = fallback
+        self.steps = 0
+        self._wrapper = model
+        self.model = model.module if isinstance(model, DistributedDataParallel) else model
+        self._explicit = params is not None
+        self._process_group = choose_group(model, process_group)
+        self._tap: LayerTap | None = None
+        self._fired: set[str] = set()  # blocks whose layer has been seen to run
+        self._bound = False
+        groups = checks.parameter_groups(self.model, params, self.method)
+        super().__init__(groups, {**defaults, "fallback_lr": None})
+        self._bind()
+
+    def _bind(self) -> None:
+        """Find names, blocks and layers of the parameters in the groups."""
+        mine = {id(p): g for g in self.param_groups for p in g["params"]}
+        self.params: dict[str, nn.Parameter] = {
+            n: p for n, p in self.model.named_parameters() if id(p) in mine
+        }
+        if len(self.params) < len(mine):
+            raise ModelError(
+                f"{len(mine) - len(self.params)} of the parameters given to {self.method} do not "
+                "belong to the model; pass parameters of this model, or params=None for all."
+            )
+        self.device, self.dtype = checks.one_kind(self.params, self.method)
+        self.layout = Layout.of(self.params.items())
+        self.blocks = make_blocks(list(self.params), "layer")
+        self.layers, self._reasons = find_layers(
+            self.model, self.blocks, self.params, self.layer_types
+        )
+        self._facts = checks.Facts(self.model, self.params, self._explicit)
+        self._bound = True
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters of the model, for example those of layers that are no longer frozen."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        checks.check_group(group, self.method)
+        if group["fallback_lr"] is None:
+            group["fallback_lr"] = FALLBACK_LR[self.fallback]
+        group.setdefault("base_lr", group["lr"])
+        if self._bound:
+            self._bind()
+            if self._tap is not None:
+                self.close()
+                self._open()
+
+    # -- for subclasses --------------------------------------------------------------------------
+
+    def _open(self) -> None:
+        """Put hooks on the model: called by the subclass, after copying and unpickling."""
+
+    def _tap_layers(
+        self,
+        receive: Callable[[LayerCall], None],
+        outputs: Callable[[Tensor], None] | None = None,
+    ) -> LayerTap:
+        """Watch :attr:`layers` from now on; ``receive`` should be a bound method."""
+        self._tap = LayerTap(self.model, self.layers, receive, outputs)
+        return self._tap
+
+    def block_state(self, block: str) -> dict[str, Any]:
+        """What is kept for a block: it lives in ``state`` under the block's first parameter."""
+        return self.state[self.params[self.blocks[block][0]]]
+
+    def group_of(self, parameter: Tensor) -> dict[str, Any]:
+        """The parameter group of a parameter."""
+        return next(g for g in self.param_groups if any(p is parameter for p in g["params"]))
+
+    def average(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Means over the process group; the tensors themselves where there is none."""
+        return average(tensors, self._process_group)
+
+    # -- parts of a step -------------------------------------------------------------------------
+
+    def _check_ready(self) -> None:
+        self._facts.check(self.model, self.params, self.method)
+
+    def _check_loss(self, loss: Tensor | None, culprit: str | None = None) -> None:
+        """Refuse a loss or gradients that are not finite, on all ranks together."""
+        bad = checks.not_finite(loss, self.params)
+        flag = torch.tensor(float(bad is not None), device=self.device)
+        if float(self.average([flag])[0]) == 0:
+            return
+        where = culprit or bad or "another rank"
+        what = "gradient" if loss is None or checks.finite(loss) else "loss"
+        raise NonFiniteError(
+            f"{self.method} did not take step {self.steps + 1}: the {what} is NaN or infinite; "
+            f"first seen in {where}. Parameters and state are unchanged. Lower lr or raise "
+            "damping, and go back to an earlier checkpoint if the parameters are already too large."
+        )
+
+    def _check_gradients(self) -> None:
+        if all(p.grad is None for p in self.params.values()):
+            raise OptionError(
+                f"No parameter has a gradient after the closure, so {self.method} cannot take a "
+                "step: call loss.backward() in the closure (or before step())."
+            )
+
+    @torch.no_grad()
+    def _fallback_step(self, names: Iterable[str]) -> None:
+        """Update parameters by the fallback rule; those without a gradient stay as they are."""
+        for name in names:
+            p = self.params[name]
+            if p.grad is None:
+                continue
+            group = self.group_of(p)
+            factor = group["lr"] / group["base_lr"] if group["base_lr"] else 1.0
+            fallback_update(
+                self.fallback,
+                p,
+                p.grad,
+                self.state[p],
+                lr=float(group["fallback_lr"] * factor),
+                weight_decay=group.get("weight_decay", 0.0),
+            )
+
+    # -- saving, copying, end --------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch, with names and shapes of the parameters and the number of steps."""
+        return saving.pack(self, super().state_dict())
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue from a saved state, bit for bit.
+
+        Raises ``ParameterMismatchError`` for the state of another model, ``OptionError`` for that
+        of another optimizer.
+        """
+        saving.check(self, state_dict)
+        super().load_state_dict({k: v for k, v in state_dict.items() if k != saving.KEY})
+        saving.unpack(self, state_dict)
+
+    def _extra_state(self) -> dict[str, Any]:
+        """What a subclass saves besides ``state``: numbers, strings, tensors."""
+        return {}
+
+    def _load_extra_state(self, extra: Mapping[str, Any]) -> None:
+        """Inverse of :meth:`_extra_state`."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if not saving.is_transient(k)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "model" in state:  # a copy or an unpickled optimizer, not load_state_dict
+            self._tap = None
+            self._process_group = choose_group(self._wrapper, None)
+            remove_dead_hooks(self.model)
+            self._bind()
+            self._open()
+
+    def close(self) -> None:
+        """Remove the hooks from the model; the optimizer takes no further steps."""
+        if self._tap is not None:
+            self._tap.close()

@@ -1,0 +1,163 @@
+"""Checks of what an optimizer is given, and of what has become of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ModelError, OptionError
+from ..problem.blocks import layer_of, select_parameters
+
+
+def check_model(model: Any, method: str) -> None:
+    """Refuse what is not a module."""
+    if not isinstance(model, nn.Module):
+        raise OptionError(
+            f"{method} needs the model itself, an nn.Module, because it watches the layers; got "
+            f"{type(model).__name__}. Choose parameters with params=."
+        )
+
+
+def parameter_groups(model: nn.Module, params: Any, method: str) -> list[dict[str, Any]]:
+    """``params`` as torch's list of parameter groups."""
+    if params is None or isinstance(params, str):
+        return [{"params": list(select_parameters(model, params).values())}]
+    if isinstance(params, Tensor):
+        params = [params]
+    entries = list(params)
+    if not entries:
+        raise OptionError(f"{method} got an empty list of parameters; leave params= out for all.")
+    if all(isinstance(e, str) for e in entries):
+        return [{"params": list(select_parameters(model, entries).values())}]
+    if all(isinstance(e, dict) for e in entries):
+        groups = [dict(e) for e in entries]
+        for group in groups:
+            if "params" not in group:
+                raise OptionError("A parameter group is a dictionary with the entry 'params'.")
+            group["params"] = _tensors(group["params"], method)
+        return groups
+    return [{"params": _tensors(entries, method)}]
+
+
+def _tensors(values: Any, method: str) -> list[Tensor]:
+    """Trainable parameters from parameters or (name, parameter) pairs."""
+    entries = [values] if isinstance(values, Tensor) else list(values)
+    entries = [e[1] if isinstance(e, tuple) else e for e in entries]
+    for entry in entries:
+        if not isinstance(entry, Tensor):
+            raise OptionError(
+                f"{method} optimizes parameters of the model, not {type(entry).__name__}."
+            )
+    chosen = [p for p in entries if p.requires_grad]
+    if not chosen:
+        raise ModelError(
+            f"No parameter given to {method} requires a gradient: call requires_grad_(True) first."
+        )
+    return chosen
+
+
+def non_negative(name: str, value: Any, *, positive: bool = False, below: float = math.inf) -> None:
+    """Refuse a setting that is not a finite number of the right sign and size."""
+    good = isinstance(value, int | float | Tensor) and not isinstance(value, bool)
+    good = good and math.isfinite(float(value)) and 0 <= float(value) < below
+    if not good or (positive and float(value) == 0):
+        kind = "positive" if positive else "not negative"
+        limit = f" and below {below:g}" if math.isfinite(below) else ""
+        raise OptionError(f"{name}={value!r} must be a finite number that is {kind}{limit}.")
+
+
+def check_group(group: Mapping[str, Any], method: str) -> None:
+    """Check the options that all methods have."""
+    non_negative("lr", group["lr"])
+    non_negative("weight_decay", group.get("weight_decay", 0.0))
+    if group.get("fallback_lr") is not None:
+        non_negative("fallback_lr", group["fallback_lr"])
+
+
+def one_kind(params: Mapping[str, nn.Parameter], method: str) -> tuple[torch.device, torch.dtype]:
+    """The one device and dtype of all parameters."""
+    for what, kinds in (
+        ("devices", {n: str(p.device) for n, p in params.items()}),
+        ("dtypes", {n: str(p.dtype) for n, p in params.items()}),
+    ):
+        if len(set(kinds.values())) > 1:
+            examples = {kind: name for name, kind in reversed(kinds.items())}
+            listing = ", ".join(
+                f"{name} is on {kind}" if what == "devices" else f"{name} is {kind}"
+                for kind, name in examples.items()
+            )
+            raise ModelError(
+                f"{method} needs all parameters to agree in their {what}, but {listing}. "
+                "Use one optimizer per kind, with params=."
+            )
+    first = next(iter(params.values()))
+    if not first.dtype.is_floating_point:
+        raise ModelError(f"{method} optimizes real floating-point parameters, not {first.dtype}.")
+    return first.device, first.dtype
+
+
+class Facts:
+    """What was true of a model when the optimizer was built."""
+
+    def __init__(
+        self, model: nn.Module, params: Mapping[str, nn.Parameter], explicit: bool
+    ) -> None:
+        self._kinds = {n: (p.device, p.dtype, tuple(p.shape)) for n, p in params.items()}
+        self._others = {n for n, _ in model.named_parameters()} - set(params)
+        self._explicit = explicit
+
+    def check(self, model: nn.Module, params: Mapping[str, nn.Parameter], method: str) -> None:
+        """Refuse a model that has changed since."""
+        named = dict(model.named_parameters())
+        for name, p in params.items():
+            now = named.get(name)
+            if now is not p:
+                what = "is gone from" if now is None else "was replaced in"
+                problem = f"the parameter {name!r} {what} the model"
+            elif not p.requires_grad:
+                problem = f"the parameter {name!r} was frozen"
+            elif (p.device, p.dtype, tuple(p.shape)) != self._kinds[name]:
+                before, after = self._kinds[name], (p.device, p.dtype, tuple(p.shape))
+                problem = f"the parameter {name!r} changed from {before} to {after}"
+            else:
+                continue
+            raise ModelError(
+                f"The model has changed since {method} was built: {problem}. Build a new optimizer "
+                "after changing the model (load_state_dict can carry the state over)."
+            )
+        if self._explicit or len(named) == len(params) + len(self._others):
+            return
+        new = [n for n in named if n not in params and n not in self._others]
+        raise ModelError(
+            f"The model has changed since {method} was built: it has the new parameters {new}. "
+            "Add them with add_param_group, or build a new optimizer."
+        )
+
+
+def finite(value: Tensor) -> bool:
+    """Whether all entries are finite."""
+    return bool(torch.isfinite(value.detach()).all())
+
+
+def not_finite(loss: Tensor | None, params: Mapping[str, nn.Parameter]) -> str | None:
+    """Where NaN or infinity is: a layer's gradient or parameters, or the loss; else ``None``."""
+    loss_is_fine = loss is None or finite(loss)
+    gradients = {n: p.grad for n, p in params.items() if p.grad is not None}
+    if loss_is_fine:
+        if not gradients:
+            return None
+        dense = [g.coalesce().values() if g.is_sparse else g for g in gradients.values()]
+        norms = torch.stack([n.float() for n in torch._foreach_norm(dense, math.inf)])
+        if bool(torch.isfinite(norms).all()):
+            return None
+    for name, p in params.items():
+        if not finite(p):
+            return f"the parameters of layer {layer_of(name)!r} ({name})"
+    if not loss_is_fine:
+        return "the loss"
+    bad = next(n for n, g in gradients.items() if not finite(g))
+    return f"the gradient of layer {layer_of(bad)!r} ({bad})"

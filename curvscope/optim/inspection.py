@@ -1,0 +1,144 @@
+"""Looking into an optimizer: its matrix as Operators, its factors, what covers which parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UncoveredError, UnknownBlockError, nearest
+from ..operators import BlockDiagonalOperator, Layout, Operator, Provenance
+from .rows import Rows
+
+if TYPE_CHECKING:
+    from .layer import Layer
+
+
+class Inspection:
+    """The read-only half of :class:`~curvscope.optim.base.CurvatureOptimizer`."""
+
+    method: ClassVar[str]
+    model: nn.Module
+    fallback: str
+    steps: int
+    device: torch.device
+    dtype: torch.dtype
+    params: dict[str, nn.Parameter]
+    layout: Layout
+    blocks: dict[str, tuple[str, ...]]
+    layers: dict[str, Layer]
+    _reasons: Mapping[str, str]
+    _fired: set[str]
+
+    # -- given by subclasses ---------------------------------------------------------------------
+
+    def _operator(self, block: str, kind: str) -> Operator | None:
+        """The block's ``"preconditioner"``, ``"damped"`` or ``"raw"`` curvature, or ``None``."""
+        return None
+
+    def _factors(self, block: str) -> dict[str, Tensor]:
+        """The named factors of a block; only called where :meth:`_operator` gives one."""
+        return {}
+
+    def _diagnose(self, block: str) -> dict[str, Any]:
+        """Numbers about the last step for one block."""
+        return {}
+
+    # -- for everybody ---------------------------------------------------------------------------
+
+    def curvature(self, *, damped: bool = True) -> BlockDiagonalOperator:
+        """The matrix that the method believes in, in the blocks of ``cs.Problem``.
+
+        ``damped=True``: exactly the inverse of :meth:`preconditioner`; ``damped=False``: from the
+        raw factors. Blocks that the fallback updates, or that have not been seen yet, are in
+        ``uncovered``, with reasons in ``info.settings["uncovered"]``.
+        """
+        return self._assemble("damped" if damped else "raw")
+
+    def preconditioner(self) -> BlockDiagonalOperator:
+        """The matrix by which the (averaged) gradient is multiplied, as applied."""
+        return self._assemble("preconditioner")
+
+    def _assemble(self, kind: str) -> BlockDiagonalOperator:
+        title = {"preconditioner": "preconditioner", "damped": "curvature", "raw": "raw curvature"}
+        info = Provenance(
+            what=f"{self.method} {title[kind]}",
+            route="optimizer",
+            exact=False,
+            settings={"uncovered": {}, "steps": self.steps},
+        )
+        blocks: dict[str, Operator] = {}
+        missing: dict[str, str] = {}
+        for name, members in self.blocks.items():
+            op = self._operator(name, kind)
+            if op is None:
+                missing[name] = self._why_not(name)
+            else:
+                op.layout, op.info = self.layout.restrict(members), info
+                blocks[name] = op
+        info = info.with_(settings={"uncovered": missing, "steps": self.steps})
+        op = BlockDiagonalOperator(blocks, self.layout, self.blocks, info=info)
+        if not blocks:
+            op.dtype, op.device = torch.promote_types(self.dtype, torch.float32), self.device
+        return op
+
+    def _why_not(self, block: str) -> str:
+        if block in self._reasons:
+            return self._reasons[block]
+        if self.steps == 0:
+            return "no step has been taken"
+        return "its layer has not been seen to run as a module (its hook never fired)"
+
+    def factors(self, block: str) -> dict[str, Tensor]:
+        """The named factors of a block, such as ``A`` and ``G``.
+
+        Raises ``UnknownBlockError`` or, for a block that the method does not define,
+        ``UncoveredError``.
+        """
+        if block not in self.blocks:
+            raise UnknownBlockError(
+                f"{self.method} has no block {block!r}.{nearest(block, self.blocks)} "
+                f"Blocks: {', '.join(self.blocks)}."
+            )
+        if self._operator(block, "preconditioner") is None:
+            raise UncoveredError(
+                f"{self.method} has no factors for block {block!r}: {self._why_not(block)}."
+            )
+        return {k: v.detach().clone() for k, v in self._factors(block).items()}
+
+    def coverage(self) -> Rows:
+        """Parameter by parameter: ``parameter``, ``block``, ``shape``, ``rule``, ``reason``.
+
+        ``rule`` is the method's name, the fallback, or (before a layer has been seen to run) the
+        method's name with the reason ``"expected"``.
+        """
+        rows = Rows()
+        for block, names in self.blocks.items():
+            covered = block in self.layers and (block in self._fired or self.steps == 0)
+            for name in names:
+                if covered:
+                    reason = type(self.layers[block].module).__name__
+                    reason += "" if block in self._fired else ", expected: no step has been taken"
+                else:
+                    reason = self._why_not(block)
+                shape = tuple(self.params[name].shape)
+                rule = self.method if covered else self.fallback
+                row = {"parameter": name, "block": block, "shape": shape}
+                rows.append({**row, "rule": rule, "reason": reason})
+        return rows
+
+    def diagnostics(self) -> Rows:
+        """One row per block about the last step: ``block``, ``step``, ``rule`` and the method's
+        own numbers."""
+        rules = {row["block"]: row["rule"] for row in self.coverage()}
+        return Rows(
+            {
+                "block": block,
+                "step": self.steps,
+                "rule": rules[block],
+                **(self._diagnose(block) if block in self.layers else {}),
+            }
+            for block in self.blocks
+        )

@@ -1,0 +1,134 @@
+"""Calling the user's closure: the first pass with its checks, and a second pass that replays it."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..errors import OptionError, UnsupportedLossError
+
+Closure = Callable[[], Any]
+_NORMS = (nn.modules.batchnorm._NormBase,)
+
+
+class RandomState:
+    """The global random states of torch, CUDA, NumPy and ``random`` at one moment."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device if device.type == "cuda" else None
+        self._states = (
+            torch.get_rng_state(),
+            torch.cuda.get_rng_state(device) if self._cuda is not None else None,
+            np.random.get_state(),
+            random.getstate(),
+        )
+
+    def restore(self) -> None:
+        """Make it the present state again."""
+        cpu, cuda, numpy_state, python_state = self._states
+        torch.set_rng_state(cpu)
+        if cuda is not None and self._cuda is not None:
+            torch.cuda.set_rng_state(cuda, self._cuda)
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)
+
+
+class Buffers:
+    """The buffers of a model at one moment."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._kept = [
+            # the kernels of BatchNorm change running statistics without raising their version
+            (b, None if isinstance(module, _NORMS) else b._version, b.detach().clone())
+            for module in model.modules()
+            for b in module._buffers.values()
+            if b is not None
+        ]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put back those that have changed."""
+        for buffer, version, value in self._kept:
+            if version is None or buffer._version != version:
+                buffer.copy_(value)
+
+
+def call_closure(closure: Closure, method: str) -> Tensor:
+    """Run the closure with gradients enabled and return its loss, one number."""
+    with torch.enable_grad():
+        loss = closure()
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        found = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise OptionError(
+            f"The closure must return the loss, a tensor of one number, but {method} got {found}. "
+            "Write: def closure(): optimizer.zero_grad(); loss = ...; loss.backward(); return loss."
+        )
+    if not loss.is_floating_point():
+        raise UnsupportedLossError(
+            f"The loss is {loss.dtype}; {method} needs a floating-point loss."
+        )
+    return loss
+
+
+def check_closure(closure: Any, method: str) -> Closure:
+    """Refuse a missing closure."""
+    if not callable(closure):
+        raise OptionError(
+            f"{method}.step needs a closure that evaluates the model again: "
+            "def closure(): optimizer.zero_grad(); loss = ...; loss.backward(); return loss; "
+            f"then optimizer.step(closure). Got {type(closure).__name__}."
+        )
+    return closure
+
+
+@contextmanager
+def without_weight_gradients(model: nn.Module) -> Iterator[None]:
+    """No parameter requires a gradient, and no closure can touch ``.grad``.
+
+    A backward pass then computes the gradients of activations only, two thirds of the work.
+    """
+    kept = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    for parameter, _, _ in kept:
+        parameter.requires_grad_(False)
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, required, gradient in kept:
+            parameter.requires_grad_(required)
+            parameter.grad = gradient
+
+
+@contextmanager
+def replaying(
+    model: nn.Module, wrapper: nn.Module, at: RandomState, device: torch.device
+) -> Iterator[None]:
+    """For a second pass over the same minibatch: same random numbers, buffers put back.
+
+    ``wrapper`` is the ``DistributedDataParallel`` around the model, where there is one.
+    """
+    now, buffers = RandomState(device), Buffers(model)
+    at.restore()
+    try:
+        with without_weight_gradients(model):
+            if isinstance(wrapper, DistributedDataParallel):
+                with wrapper.no_sync():
+                    yield
+            else:
+                yield
+    finally:
+        now.restore()
+        buffers.restore()
+
+
+def is_finite(loss: Tensor) -> bool:
+    """Whether the loss is a finite number."""
+    return math.isfinite(float(loss.detach()))

@@ -1,0 +1,279 @@
+"""Seeing what goes through a model's layers while it is trained.
+
+A :class:`LayerTap` puts a forward hook on every layer that a method covers and hands each use of
+the layer, a :class:`LayerCall`, to the optimizer. The gradient in the layer's output comes from a
+hook on that tensor, not from a module's full backward hook, so that in-place activations do no
+harm. ``layers.py`` does the row and patch work.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..layer_calls import LAYER_TYPES
+from ..layers import Call, SampleAxis
+from .layer import BATCH_NORMS, CONVOLUTIONS, Layer
+
+_FUNCTIONS: dict[type[nn.Module], Any] = {
+    nn.Conv1d: torch.conv1d,
+    nn.Conv2d: torch.conv2d,
+    nn.Conv3d: torch.conv3d,
+}
+_EVERY_ROW = SampleAxis(0)
+
+
+@dataclass(eq=False)
+class LayerCall:
+    """One use of a layer: what went in, what came out, and in which pass through the model.
+
+    ``inputs`` is detached. ``outputs`` is what the layer returned and part of the graph; later
+    in-place operations may change its values, so read them at once. ``samples`` is the batch size
+    of the pass: the first axis of the model's first input, or of this layer's where the model as
+    a whole was not called. Uses of a layer with the same ``pass_index`` saw the same samples.
+    """
+
+    layer: Layer
+    inputs: Tensor
+    outputs: Tensor
+    samples: int
+    pass_index: int
+
+    @cached_property
+    def call(self) -> Call:
+        """The same as ``layers.Call``; for normalisations ``options["raw"]`` is the input."""
+        module, x = self.layer.module, self.inputs
+        bound = _bind(module, x)
+        keys = ("kind", "input", "weight", "bias")
+        return Call(
+            kind=bound["kind"],
+            inputs=bound["input"].detach(),
+            outputs=self.outputs,
+            weight=self.layer.weight,
+            bias=self.layer.bias,
+            options={k: v for k, v in bound.items() if k not in keys},
+        )
+
+    def input_rows(self, dtype: torch.dtype) -> Tensor:
+        """``[groups, R, in]``: input rows (patches) of all samples and positions, without the 1."""
+        call = self.call
+        rows = call.kind.input_rows(call, _EVERY_ROW, call.inputs.shape[0])
+        return _stack(rows, dtype)
+
+    def output_rows(self, s: Tensor, dtype: torch.dtype) -> Tensor:
+        """``[groups, R, out]``: rows of ``s``, a tensor of the outputs' shape."""
+        s = _batched(self.layer.module, s)
+        return _stack(self.call.kind.output_rows(self.call, s, _EVERY_ROW, s.shape[0]), dtype)
+
+    def output_mean(self, s: Tensor, dtype: torch.dtype) -> Tensor:
+        """``[groups, out]``: mean over samples and positions of a tensor of the outputs' shape."""
+        s = _batched(self.layer.module, s)
+        axis = 1 if isinstance(self.layer.module, CONVOLUTIONS) else s.ndim - 1
+        others = [d for d in range(s.ndim) if d != axis]
+        return s.mean(others, dtype=dtype).reshape(self.layer.groups, -1)
+
+    def on_gradient(self, receive: Callable[[LayerCall, Tensor], None]) -> None:
+        """Call ``receive(call, gradient in the output)`` when a backward pass gets here."""
+
+        def hook(gradient: Tensor) -> None:
+            with measuring(gradient.device):
+                receive(self, gradient.detach())
+
+        self.outputs.register_hook(hook)
+
+
+class LayerTap:
+    """Forward hooks that hand every use of some layers to ``receive(call)``.
+
+    ``outputs(tensor)`` gets what the model as a whole returns, where that is one tensor. Bound
+    methods are held weakly, so a tap does not keep its optimizer alive. Nothing is seen while
+    :attr:`active` is false, without gradients, and while checkpointed segments are computed again.
+    With :attr:`probing`, layers whose output has no graph (because no parameter requires a
+    gradient) start one there. ``close()`` removes the hooks; so does the end of the tap itself.
+    Copies of the model carry no live hook.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, Layer],
+        receive: Callable[[LayerCall], None],
+        outputs: Callable[[Tensor], None] | None = None,
+    ) -> None:
+        self.active = False
+        self.probing = False
+        self.pass_index = 0
+        self._samples: int | None = None
+        self._receive, self._outputs = _weak(receive), _weak(outputs)
+        self._handles = [
+            model.register_forward_pre_hook(_Hook(self, "begin"), with_kwargs=True, prepend=True)
+        ]
+        for layer in layers.values():
+            hook = _Hook(self, "use", layer)
+            self._handles.append(layer.module.register_forward_hook(hook, with_kwargs=True))
+        end = _Hook(self, "end")
+        self._handles.append(model.register_forward_hook(end, with_kwargs=True, always_call=True))
+
+    def close(self) -> None:
+        """Remove all hooks; calling it again does nothing."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    __del__ = close
+
+    @contextmanager
+    def watching(self, *, probing: bool = False) -> Iterator[None]:
+        """Active for the length of a block."""
+        before = self.active, self.probing
+        self.active, self.probing = True, probing
+        try:
+            yield
+        finally:
+            self.active, self.probing = before
+            self._samples = None
+
+    def begin(self, layer: None, args: Any, kwargs: Any) -> None:
+        """The model is about to run."""
+        self.pass_index += 1
+        first = next(_tensors([args, kwargs]), None)
+        self._samples = None if first is None else int(first.shape[0])
+
+    def end(self, layer: None, args: Any, kwargs: Any, output: Any) -> None:
+        """The model has run."""
+        self._samples = None
+        receive = self._outputs()
+        if receive is not None and isinstance(output, Tensor) and not _in_backward():
+            receive(output)
+
+    def use(self, layer: Layer, args: Any, kwargs: Any, output: Any) -> Tensor | None:
+        """A layer has run; returns what takes the place of its output, if anything."""
+        x = args[0] if args else kwargs.get("input")
+        if not isinstance(x, Tensor) or not isinstance(output, Tensor):
+            return None
+        replacement = None
+        if not output.requires_grad:
+            if not self.probing:
+                return None
+            output = output.detach().requires_grad_()
+            replacement = output.clone()  # a leaf could not be changed in place
+        receive = self._receive()
+        if receive is None or _in_backward():
+            return replacement
+        if self._samples is None:  # the model was not called as a whole
+            self.pass_index += 1
+        x = _batched(layer.module, x.detach())
+        samples = x.shape[0] if self._samples is None else self._samples
+        with measuring(output.device):
+            receive(LayerCall(layer, x, output, samples, self.pass_index))
+        return replacement
+
+
+class _Hook:
+    """A forward hook that calls one method of its tap, and dies with it."""
+
+    def __init__(self, tap: LayerTap | None, event: str, layer: Layer | None = None) -> None:
+        self.tap: Callable[[], LayerTap | None] = lambda: None
+        if tap is not None:
+            self.tap = weakref.ref(tap)
+        self.event, self.layer = event, layer
+
+    def __call__(self, module: nn.Module, *args: Any) -> Any:
+        tap = self.tap()
+        if tap is None or not tap.active or not torch.is_grad_enabled():
+            return None
+        return getattr(tap, self.event)(self.layer, *args)
+
+    def __reduce__(self) -> Any:  # deepcopy and pickle of the model
+        return _Hook, (None, self.event)
+
+
+def _weak(method: Callable[..., None] | None) -> Callable[[], Any]:
+    if method is not None and hasattr(method, "__self__"):
+        return weakref.WeakMethod(method)
+    return lambda: method
+
+
+def _in_backward() -> bool:
+    """Whether autograd runs: a forward pass now is a checkpointed segment computed again."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def remove_dead_hooks(model: nn.Module) -> None:
+    """Remove what copying has left of another tap's hooks."""
+    for module in model.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(hook, _Hook) and hook.tap() is None:
+                    del hooks[key]
+                    for flags in (
+                        module._forward_pre_hooks_with_kwargs,
+                        module._forward_hooks_with_kwargs,
+                        module._forward_hooks_always_called,
+                    ):
+                        flags.pop(key, None)
+
+
+@contextmanager
+def measuring(device: torch.device) -> Iterator[None]:
+    """No gradients and no autocast: statistics are taken in full precision."""
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
+
+
+def _batched(module: nn.Module, x: Tensor) -> Tensor:
+    """``x`` with a sample axis, where the layer was called without one."""
+    if isinstance(module, CONVOLUTIONS):
+        return x if x.ndim == module.weight.ndim else x.unsqueeze(0)
+    return x if x.ndim > 1 or isinstance(module, nn.Embedding) else x.unsqueeze(0)
+
+
+def _bind(module: Any, x: Tensor) -> dict[str, Any]:
+    """The layer's function with its arguments, as ``layers.py`` reads them."""
+    weight, bias = module.weight, getattr(module, "bias", None)
+    if isinstance(module, nn.Linear):
+        return LAYER_TYPES[F.linear]((x, weight, bias), {})
+    if isinstance(module, CONVOLUTIONS):
+        padding: Any = module.padding
+        if module.padding_mode != "zeros":
+            x = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)
+            padding = 0
+        function = next(f for t, f in _FUNCTIONS.items() if isinstance(module, t))
+        args = (x, weight, bias, module.stride, padding, module.dilation, module.groups)
+        return LAYER_TYPES[function](args, {})
+    if isinstance(module, BATCH_NORMS):
+        batch = module.training or module.running_mean is None
+        running = (module.running_mean, module.running_var)
+        return LAYER_TYPES[F.batch_norm]((x, *running, weight, bias, batch, 0.0, module.eps), {})
+    if isinstance(module, nn.LayerNorm):
+        shape = module.normalized_shape
+        return LAYER_TYPES[F.layer_norm]((x, shape, weight, bias, module.eps), {})
+    if isinstance(module, nn.GroupNorm):
+        return LAYER_TYPES[F.group_norm]((x, module.num_groups, weight, bias, module.eps), {})
+    assert isinstance(module, nn.Embedding)
+    return LAYER_TYPES[F.embedding]((x, weight, module.padding_idx), {})
+
+
+def _stack(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[N, T, g, d] -> [g, N * T, d]``."""
+    return rows.reshape(-1, *rows.shape[2:]).movedim(1, 0).to(dtype)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Tensors with at least one axis inside nested containers, in order."""
+    if isinstance(value, Tensor):
+        if value.ndim:
+            yield value
+    elif isinstance(value, Mapping):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
