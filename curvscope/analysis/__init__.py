@@ -5,8 +5,10 @@ from .comparison import Comparison, ReferenceBlock, Row
 from .concentration import Concentration, concentration
 from .result import Cost, Result
 from .spectrum import Spectrum, spectrum
+from .verify import Check, Verification, verify
 
 __all__ = [
+    "Check",
     "Comparison",
     "Concentration",
     "Cost",
@@ -14,7 +16,9 @@ __all__ = [
     "Result",
     "Row",
     "Spectrum",
+    "Verification",
     "compare",
     "concentration",
     "spectrum",
+    "verify",
 ]

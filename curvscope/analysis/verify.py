@@ -192,7 +192,10 @@ def run(entry: Entry, case: Case) -> Check:
         outcome = Outcome(NOT_APPLICABLE, str(error))
     except Exception as error:  # a check that cannot run has found something out
         text = str(error).strip().splitlines() or ["without a message"]
-        advice = "If the model is meant to be differentiable twice, look at the operation named."
+        advice = (
+            "If the message names an operation of the model, that operation cannot be "
+            "differentiated (twice)."
+        )
         outcome = Outcome(FAILED, f"It raised {type(error).__name__}: {text[0]}", advice=advice)
     return Check(
         name=entry.name,

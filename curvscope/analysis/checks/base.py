@@ -15,6 +15,8 @@ STATUSES = (PASSED, FAILED, SKIPPED, NOT_APPLICABLE)
 
 #: what a check speaks about: the user's model and data, curvscope's numbers, or other tools
 PROBLEM, CURVSCOPE, OTHERS = "your problem", "curvscope", "other tools"
+#: curvscope's own matrices, none of which can be right for a wrong objective or gradient
+MATRICES = ("Hessian", "GGN", "Fisher", "sampled Fisher", "empirical Fisher", "K-FAC")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +28,7 @@ class Check:
     the sentence says otherwise; NaN where nothing was) and ``tolerance`` the bound it was held
     against. ``sentence`` says what was found, ``advice`` what to do about it (empty if nothing).
     ``details`` holds the value for each part (block, split, ...) where there are several.
+    ``decides`` and ``underlies`` name the capabilities that the outcome bears on.
     """
 
     name: str
@@ -36,7 +39,8 @@ class Check:
     tolerance: float = math.nan
     advice: str = ""
     details: Mapping[str, float] = field(default_factory=dict)
-    supports: tuple[str, ...] = ()
+    decides: tuple[str, ...] = ()
+    underlies: tuple[str, ...] = ()
     seconds: float = 0.0
 
 
@@ -58,7 +62,8 @@ class Entry:
 
     name: str
     about: str
-    supports: tuple[str, ...]
+    decides: tuple[str, ...]
+    underlies: tuple[str, ...]
     function: Callable[[Case], Outcome]
 
 
@@ -67,13 +72,16 @@ CHECKS: dict[str, Entry] = {}
 
 
 def register(
-    name: str, *, about: str, supports: tuple[str, ...] | str
+    name: str, *, about: str, decides: tuple[str, ...] = (), underlies: tuple[str, ...] = ()
 ) -> Callable[[Callable[[Case], Outcome]], Callable[[Case], Outcome]]:
-    """Add a check. ``supports`` names the capabilities that are trusted only if it passes."""
-    capabilities = (supports,) if isinstance(supports, str) else supports
+    """Add a check, a function from a :class:`~.case.Case` to an :class:`Outcome`.
+
+    ``decides`` names the capabilities that it proves when it passes, ``underlies`` further ones
+    that cannot be trusted when it fails.
+    """
 
     def add(function: Callable[[Case], Outcome]) -> Callable[[Case], Outcome]:
-        CHECKS[name] = Entry(name, about, capabilities, function)
+        CHECKS[name] = Entry(name, about, decides, underlies, function)
         return function
 
     return add

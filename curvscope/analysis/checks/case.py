@@ -1,0 +1,265 @@
+"""What the checks work on: a bounded number of samples of the user's problem, in float64."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ...errors import CurvscopeError
+from ...problem import Problem, Snapshot
+from ...problem.data import sample_count, select
+from .. import truth
+from .marks import Marks
+
+Batch = tuple[Any, Any]
+
+_FEW = 8  # samples where a check takes a backward pass per output or column
+
+
+@dataclass
+class Case:
+    """One problem under examination.
+
+    ``problem`` is the user's; ``own`` has the chosen samples in the user's precision, ``double``
+    the same in float64 (a private copy of the model unless that is float64 already), ``few`` at
+    most eight of them in two uneven batches. ``columns`` is how many random columns a block is
+    compared in; ``notes`` become warnings of the result.
+    """
+
+    problem: Problem
+    own: Problem
+    double: Problem
+    columns: int
+    seed: int
+    before: Marks
+    notes: list[str] = field(default_factory=list)
+    kept: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def exact(self) -> float:
+        """Relative difference up to which two computations in ``double`` count as equal."""
+        return 1e-8 if self.double.dtype == torch.float64 else 200 * self.eps**0.75
+
+    @property
+    def eps(self) -> float:
+        return float(torch.finfo(self.double.dtype).eps)
+
+    @cached_property
+    def few(self) -> Problem:
+        return in_two(self.double.subset(min(_FEW, self.double.n_samples), self.seed))
+
+    @cached_property
+    def merged(self) -> Batch | None:
+        """All samples of ``double`` as one batch, or ``None`` if their shapes do not allow it."""
+        return merge(truth.materialised(self.double))
+
+    @cached_property
+    def gradient_seconds(self) -> float:
+        """How long one gradient of ``few`` takes."""
+        self.few.gradient()
+        start = time.perf_counter()
+        self.few.gradient()
+        return time.perf_counter() - start
+
+    @cached_property
+    def outputs_per_sample(self) -> int:
+        """How many numbers the model returns for one sample."""
+        with self.few.session():
+            inputs, targets = next(self.few.batches())
+            return self.few.outputs(inputs).numel() // self.few.count_samples(inputs, targets)
+
+    def keep(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
+        """``compute()``, the first time; what several checks compare with."""
+        if name not in self.kept:
+            self.kept[name] = compute()
+        return self.kept[name]
+
+    @cached_property
+    def gradient(self) -> Tensor:
+        """The gradient of ``few``."""
+        return self.few.gradient()
+
+    def direction(self, salt: int, size: int | None = None) -> Tensor:
+        """A random unit vector over all parameters (or ``size`` entries), the same every time."""
+        generator = torch.Generator().manual_seed(1000 * self.seed + salt)
+        count = self.double.layout.numel if size is None else size
+        v = torch.randn(count, generator=generator, dtype=torch.float64)
+        return (v / v.norm()).to(self.double.device, self.double.dtype)
+
+    def draw(self, size: int, count: int, salt: int) -> list[int]:
+        """``count`` different row numbers below ``size``."""
+        generator = torch.Generator().manual_seed(1000 * self.seed + salt)
+        return sorted(torch.randperm(size, generator=generator)[:count].tolist())
+
+    def block_columns(self) -> tuple[list[int], dict[str, list[int]]]:
+        """Random rows of every block: their numbers in the whole, and block -> numbers in it."""
+        rows, local = [], {}
+        for salt, (name, members) in enumerate(self.double.blocks.items()):
+            index = self.double.layout.index(members)
+            local[name] = self.draw(len(index), self.columns, 100 + salt)
+            rows += index[local[name]].tolist()
+        return rows, local
+
+
+def shifted(problem: Problem, shift: Tensor) -> Snapshot:
+    """The problem's parameters plus ``shift`` (flat, in layout order), for ``session(at=...)``."""
+    pieces = problem.layout.split(shift)
+    by_id = {id(p): pieces[name] for name, p in problem.params.items()}
+    here = problem.snapshot()
+    values = [
+        value + by_id[id(p)] if id(p) in by_id else value
+        for p, value in zip(problem.model.parameters(), here.parameters, strict=True)
+    ]
+    return Snapshot(values, here.buffers)
+
+
+def value_at(problem: Problem, shift: Tensor) -> Tensor:
+    """The objective at shifted parameters, a tensor of one entry."""
+
+    def one(inputs: Any, targets: Any) -> Tensor:
+        # not under no_grad: models may differentiate inside, or take other kernels there
+        return problem.batch_total(problem.outputs(inputs).detach(), targets)
+
+    total = problem.sum_over_batches(one, at=shifted(problem, shift))
+    return (problem.scale * total).detach().reshape(1)
+
+
+def gradient_at(problem: Problem, shift: Tensor) -> Tensor:
+    """The gradient of the objective at shifted parameters."""
+    from ...problem import flat_gradient
+
+    parameters = list(problem.params.values())
+
+    def one(inputs: Any, targets: Any) -> Tensor:
+        return flat_gradient(problem.batch_total(problem.outputs(inputs), targets), parameters)
+
+    return problem.scale * problem.sum_over_batches(one, at=shifted(problem, shift))
+
+
+def relative(found: Tensor, truth_: Tensor, floor: float = 0.0) -> float:
+    """``|found - truth| / max(|truth|, floor)``; 0 for two zeros."""
+    found, truth_ = found.detach().cpu().double(), truth_.detach().cpu().double()
+    difference = float((found - truth_).norm())
+    scale = max(float(truth_.norm()), floor)
+    return difference / scale if scale else (0.0 if difference == 0 else float("inf"))
+
+
+def merge(batches: Sequence[Batch]) -> Batch | None:
+    """One batch with the samples of all, or ``None`` where shapes or other entries differ."""
+    if len(batches) == 1:
+        return batches[0]
+    flat = [tree_flatten(_plain(batch)) for batch in batches]
+    sizes = [sample_count(*batch) for batch in batches]
+    if any(spec != flat[0][1] for _, spec in flat):
+        return None
+    merged = []
+    for entries in zip(*(values for values, _ in flat), strict=True):
+        first = entries[0]
+        if not isinstance(first, Tensor):
+            if any(e is not first and e != first for e in entries):
+                return None
+            merged.append(first)
+        elif all(e.ndim and e.shape[0] == n for e, n in zip(entries, sizes, strict=True)):
+            if any(e.shape[1:] != first.shape[1:] for e in entries):
+                return None
+            merged.append(torch.cat(entries))
+        elif all(e.shape == first.shape and torch.equal(e, first) for e in entries):
+            merged.append(first)
+        else:
+            return None
+    return tuple(tree_unflatten(merged, flat[0][1]))  # type: ignore[return-value]
+
+
+def _plain(batch: Batch) -> Batch:
+    """Dictionaries of other classes (``BatchEncoding``) as plain ones, so that they flatten."""
+    from collections.abc import Mapping
+
+    inputs, targets = (
+        dict(part) if isinstance(part, Mapping) and not isinstance(part, dict) else part
+        for part in batch
+    )
+    return inputs, targets
+
+
+def cut(batch: Batch, sizes: Sequence[int], order: Tensor | None = None) -> list[Batch]:
+    """The samples of one batch, in ``order``, as batches of the given sizes."""
+    total = sample_count(*batch)
+    order = torch.arange(total) if order is None else order
+    return [
+        (select(batch[0], part, total), select(batch[1], part, total))
+        for part in order.split(list(sizes))
+    ]
+
+
+def in_two(problem: Problem) -> Problem:
+    """The same samples in two uneven batches, so that sums over batches are part of the check."""
+    batch = merge(truth.materialised(problem))
+    total = problem.n_samples
+    if batch is None or total < 3 or problem.batchnorm == "batch":
+        return problem
+    first = (2 * total) // 3
+    return problem.with_data(cut(batch, [first, total - first]))
+
+
+def prepare(problem: Problem, samples: int | None, columns: int, seed: int, before: Marks) -> Case:
+    """Choose the samples and copy the model to float64 where it is in lower precision."""
+    notes: list[str] = []
+    count = min(problem.n_samples, samples or 64)
+    own = _chosen(problem, count, seed, notes)
+    own.check()
+    double = own
+    if own.dtype != torch.float64:
+        try:
+            double = own.with_data(truth.materialised(own), dtype=torch.float64)
+            double.gradient()
+        except (CurvscopeError, RuntimeError, TypeError, ValueError) as error:
+            double = own
+            notes.append(
+                f"The model does not run in float64 ({_first_line(error)}), so everything was "
+                f"checked in {str(own.dtype)[6:]} with wider tolerances. Let the forward pass take "
+                "the dtype of its inputs and parameters to have it checked exactly."
+            )
+    return Case(problem, own, double, columns, seed, before, notes)
+
+
+def _chosen(problem: Problem, count: int, seed: int, notes: list[str]) -> Problem:
+    """``count`` samples in at most four batches (one under ``batchnorm="batch"``)."""
+    if problem.batchnorm == "batch":
+        with problem.session():
+            first = next(problem.batches())
+        size = sample_count(*first)
+        notes.append(
+            'batchnorm="batch": the checks use samples of the first batch only, as one batch.'
+        )
+        return problem.with_data(cut(first, [min(size, count), size - min(size, count)])[:1])
+    try:
+        chosen = problem.subset(count, seed)
+        chosen.check()
+    except CurvscopeError as error:
+        notes.append(
+            f"Taking {count} samples out of the data failed ({_first_line(error)}), so the first "
+            "batch was used whole. Put the samples along the first axis of inputs and targets "
+            "(transpose in forward=) to make subsets possible."
+        )
+        with problem.session():
+            return problem.with_data([next(problem.batches())])
+    batch = merge(truth.materialised(chosen))
+    if batch is None:
+        return chosen
+    parts = 4 if count >= 8 else 1
+    small = count // (parts + 1)
+    # uneven batches: equal ones would hide a wrong normalisation
+    sizes = [small] * (parts - 1) + [count - small * (parts - 1)]
+    return problem.with_data(cut(batch, sizes))
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return text[0][:200] if text else type(error).__name__
