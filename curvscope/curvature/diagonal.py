@@ -21,11 +21,12 @@ from ..operators import (
 from ..problem import Problem
 from ..progress import track
 from .accumulate import accumulation_dtype
-from .exact import WholeOperator, provenance
+from .autograd import provenance
 from .gram import RouteFailed, gram_blocks, plans_for, record_batch
 from .kronecker import FactorRun, assemble, collect_factors, kronecker_info, label_kind, prepared
 from .plan import BlockPlan
 from .products import EMPIRICAL, FISHER, GGN, HESSIAN, Kind
+from .whole import WholeOperator
 
 _KINDS = {"hessian": HESSIAN, "ggn": GGN, "fisher": FISHER, "empirical_fisher": EMPIRICAL}
 

@@ -34,11 +34,13 @@ from ..operators import (
 from ..problem import Problem, Snapshot
 from ..progress import track
 from .accumulate import accumulation_dtype
-from .exact import WholeOperator, check_sample_axis, provenance
+from .autograd import provenance
+from .exact import check_sample_axis
 from .gram import cotangents, pass_count, plans_for, record_batch
 from .plan import BlockPlan
 from .products import EMPIRICAL, FISHER, GGN, Kind
 from .recording import Recording
+from .whole import WholeOperator
 
 
 @dataclass
@@ -265,8 +267,9 @@ def kfac(
     ``fisher`` says which labels the output gradients use: the exact expectation, ``"mc"``
     (``samples`` labels per term drawn with ``seed``) or ``"empirical"`` (the observed ones).
     ``sharing``: see the module. Blocks without factors are listed in ``op.uncovered``, with reasons
-    in ``op.info.settings["uncovered"]``. Cost: one backward pass per output (exact), per sample (mc),
-    or one.
+    in ``op.info.settings["uncovered"]``. Cost: one backward pass per output (exact), per
+    sample
+    (mc), or one.
     """
     check_option("sharing", sharing, ("expand", "reduce"))
     kind = label_kind(problem, fisher, seed, samples)

@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..layers import LAYER_TYPES, Call, SampleAxis, sample_axes
+from ..layer_calls import LAYER_TYPES
+from ..layers import Call, SampleAxis, sample_axes
 
 _KEYS = ("kind", "input", "weight", "bias")
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import memory
 from ..operators import DenseOperator, Operator, RowHessianOperator
 from ..problem import Problem
 from ..progress import track
@@ -25,7 +26,10 @@ _CHUNK = 8
 
 
 class RowHessianAccumulator:
-    """Collects ``H_n`` and ``a_n`` of one block (T = 1), or adds up the dense block (T > 1)."""
+    """Collects ``H_n`` and ``a_n`` of one block (T = 1), or adds up the dense block (T > 1).
+
+    The number of positions may differ from batch to batch.
+    """
 
     def __init__(self, plan: BlockPlan, dtype: torch.dtype) -> None:
         self.plan = plan
@@ -41,9 +45,10 @@ class RowHessianAccumulator:
         call, axis, n = recording.calls[k], recording.axes[k], recording.samples
         assert axis is not None
         a = input_rows(self.plan, call, axis, n).squeeze(2).to(self.dtype)
+        t, out = a.shape[1], self.plan.outputs
+        factored = self._factored(problem, t)
         total = problem.batch_total(recording.outputs, targets)
         (gradient,) = torch.autograd.grad(total, call.outputs, create_graph=True, allow_unused=True)
-        t, out = self.plan.positions, self.plan.outputs
         if gradient is None:
             gradient = torch.zeros_like(call.outputs)
         second = VectorJacobian(gradient, [call.outputs], _CHUNK)
@@ -58,15 +63,30 @@ class RowHessianAccumulator:
                 units[row, where[:, u, o]] = 1.0
             h = second(units.reshape(-1, *template.shape))
             h = h[:, where.reshape(-1)].reshape(-1, n, t, out).to(self.dtype)
-            if t == 1:
+            if factored:
                 parts.append(h.squeeze(2))  # [o', N, o]
             else:
                 self._add_dense(h, a, u, features)
-        if t == 1:
+        if factored:
             full = torch.cat(parts).movedim(0, 1)
             full = (full + full.mT) / 2
             self.h.append(full[:, None, :, None, :])
             self.a.append(a)
+
+    def _factored(self, problem: Problem, positions: int) -> bool:
+        """Whether to keep ``H_n`` and ``a_n``; makes sure that what is kept fits."""
+        d, n, out = self.plan.size, problem.n_samples, self.plan.outputs
+        factored = positions == 1 and n * out * out <= 4 * d * d
+        if not self.h and self.matrix is None:
+            numbers = n * out * out if factored else 2 * d * d
+            memory.require(
+                numbers * self.dtype.itemsize,
+                f"The Hessian block {self.plan.name!r} with {d} parameters",
+                "Use op @ v, which forms no block, split the block with blocks=, or take "
+                "problem.subset(n, seed).",
+                device=problem.device,
+            )
+        return factored
 
     def _label(self, t: int, out: int) -> str:
         return f"Hessian of {self.plan.name}: {t * out} passes"
@@ -82,8 +102,14 @@ class RowHessianAccumulator:
 
     def result(self, scale: float) -> Operator:
         assert self.view is not None
+        kept: Operator | None = None
+        if self.h:
+            kept = RowHessianOperator(torch.cat(self.h), torch.cat(self.a), scale, view=self.view)
         if self.matrix is None:
-            return RowHessianOperator(torch.cat(self.h), torch.cat(self.a), scale, view=self.view)
+            assert kept is not None
+            return kept
         d = self.plan.size
         dense = self.view.dense_from_matrix(self.matrix.reshape(d, d)) * scale
+        if kept is not None:
+            dense = dense + kept.dense()
         return DenseOperator((dense + dense.mT) / 2, view=self.view)

@@ -7,13 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from curvscope.curvature.exact import (
-    AutogradOperator,
-    WholeOperator,
-    empirical_fisher,
-    ggn,
-    hessian,
-)
+from curvscope.curvature import empirical_fisher, ggn, hessian
+from curvscope.curvature.autograd import AutogradOperator
+from curvscope.curvature.whole import WholeOperator
 from curvscope.operators import Operator
 from curvscope.problem import Problem
 from tests.operators.cases import cases_of, randn

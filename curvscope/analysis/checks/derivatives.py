@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ...curvature.exact import WholeOperator, hessian
+from ...curvature.exact import hessian
+from ...curvature.whole import WholeOperator
 from .. import truth
 from ..result import listing, number
 from .base import CURVSCOPE, FAILED, MATRICES, PASSED, PROBLEM, Outcome, judged, register, skipped

@@ -32,7 +32,7 @@ def refuse_problem(problem: Problem, spec: Spec) -> None:
             f"BackPACK is used in float32 or float64, not {problem.dtype}: "
             "Problem(..., dtype=torch.float32)."
         )
-    if problem._options["forward"] is not None:
+    if problem._forward is not None:
         raise BackpackError(
             "The problem calls its model through forward=, of which BackPACK sees nothing: it "
             "differentiates the model's own layers from its inputs to its outputs. Make what "

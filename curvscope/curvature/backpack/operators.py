@@ -132,10 +132,10 @@ def kronecker(job: Job, what: str) -> BlockDiagonalOperator:
 
     def make(name: str) -> Operator:
         G, *rest = sums[name]
-        G = problem.scale * (G + G.mT) / 2
+        G = (problem.scale / 2 * (G + G.mT)).contiguous()
         if not rest:
             return _definite(DenseOperator(G))
-        A = (rest[0] + rest[0].mT) / (2 * samples)
+        A = ((rest[0] + rest[0].mT) / (2 * samples)).contiguous()
         view = _view(problem, name, len(G), len(A))
         return KroneckerOperator(G, A, view, positive_semidefinite=True)
 

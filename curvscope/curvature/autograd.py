@@ -1,0 +1,120 @@
+"""A matrix known through products by double backward, exact for all that autograd can do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..operators import Operator, Provenance
+from ..problem import Problem, Snapshot
+from ..progress import track
+from .products import EMPIRICAL, HESSIAN, Kind, VectorJacobian, batch_product
+
+_CACHED = 4096
+
+
+def is_convex(problem: Problem, kind: Kind) -> bool | None:
+    """``True`` where the matrix is positive semi-definite by construction, else ``None``."""
+    return True if problem.loss.likelihood is not None or kind.needs_samples else None
+
+
+def provenance(problem: Problem, kind: Kind, route: str) -> Provenance:
+    """What is known of a matrix of this problem before it is computed."""
+    facts = problem.check()
+    settings: dict[str, Any] = {
+        "loss": problem.loss.name,
+        "reduction": problem.loss.reduction,
+        "samples": facts.samples,
+        "terms": facts.terms,
+        "batchnorm": problem.batchnorm,
+    }
+    if kind.samples is not None:
+        settings |= {"sampled_labels": kind.samples, "seed": kind.seed}
+    if kind.matrix == EMPIRICAL:
+        settings["per"] = kind.per
+    notes = []
+    if any(m.training for m in problem.user_model.modules()) and problem.batchnorm == "eval":
+        notes.append("computed as under eval(), although the model is in train mode")
+    if problem.batchnorm == "batch":
+        notes.append("BatchNorm by batch statistics: a quantity of the batches as given")
+    return Provenance(kind.title, route, kind.exact, settings, tuple(notes))
+
+
+class AutogradOperator(Operator):
+    """A matrix over some parameters, known through products by double backward.
+
+    Exact for every model that autograd can differentiate twice. :meth:`dense` takes one product
+    per column and is kept for up to 4,096 rows. The parameters' values are those at the time the
+    operator was made, even if the model is trained on meanwhile.
+    """
+
+    def __init__(self, problem: Problem, kind: Kind, names: Sequence[str], at: Snapshot) -> None:
+        self.problem, self.kind, self.at = problem, kind, at
+        self.layout = problem.layout.restrict(names)
+        self.parameters = [problem.params[n] for n in self.layout.names]
+        size = self.layout.numel
+        self.shape = (size, size)
+        self.dtype = torch.promote_types(problem.dtype, torch.float32)
+        self.device = problem.device
+        self.positive_semidefinite = None if kind.matrix == HESSIAN else is_convex(problem, kind)
+        self.info = provenance(problem, kind, "autograd")
+        self._kept: Tensor | None = None
+
+    def _matmat(self, vectors: Tensor) -> Tensor:
+        if self._kept is not None:
+            return self._kept @ vectors
+        generator = self.kind.generator()
+
+        def one(inputs: Any, targets: Any) -> Tensor:
+            return batch_product(
+                self.problem, self.kind, self.parameters, inputs, targets, vectors, generator
+            )
+
+        return self.problem.scale * self.problem.sum_over_batches(one, at=self.at)
+
+    def _dense(self) -> Tensor:
+        if self._kept is None:
+            matrix = self._columns()
+            matrix = (matrix + matrix.mT) / 2
+            if self.shape[0] > _CACHED:
+                return matrix
+            self._kept = matrix
+        return self._kept.clone()
+
+    def _columns(self) -> Tensor:
+        size = self.shape[0]
+        if self.kind.matrix != HESSIAN:
+            eye = torch.eye(size, dtype=self.dtype, device=self.device)
+            parts = [self._matmat(part.mT) for part in track(eye.split(64), self._label())]
+            return torch.cat(parts, 1)
+        result = torch.zeros(size, size, dtype=self.dtype, device=self.device)
+        with self.problem.session(self.at):
+            for inputs, targets in self.problem.batches():
+                total = self.problem.batch_total(self.problem.outputs(inputs), targets)
+                if not total.requires_grad:
+                    continue
+                gradients = torch.autograd.grad(
+                    total, self.parameters, create_graph=True, allow_unused=True
+                )
+                flat = torch.cat(
+                    [
+                        (torch.zeros_like(p) if g is None else g).reshape(-1)
+                        for p, g in zip(self.parameters, gradients, strict=True)
+                    ]
+                )
+                second = VectorJacobian(flat, self.parameters)
+                for start in track(range(0, size, 64), self._label()):
+                    stop = min(start + 64, size)
+                    units = torch.zeros(stop - start, size, dtype=flat.dtype, device=self.device)
+                    units[torch.arange(stop - start), torch.arange(start, stop)] = 1.0
+                    result[start:stop] += second(units).to(self.dtype)
+        return result * self.problem.scale
+
+    def _label(self) -> str:
+        return f"{self.kind.title} of {self.shape[0]} parameters"
+
+    def diagonal(self) -> Tensor:
+        return self.dense().diagonal().clone()
