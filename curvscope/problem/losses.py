@@ -156,7 +156,7 @@ class CrossEntropy(Loss):
                 f"{list(outputs.shape)}: expected {list(expected)} (outputs are [N, C, ...])."
             )
         valid = targets[targets != self.ignore_index]
-        if valid.numel() and not (0 <= int(valid.min()) and int(valid.max()) < classes):
+        if valid.numel() and not (int(valid.min()) >= 0 and int(valid.max()) < classes):
             raise TargetError(
                 f"Targets lie in [{int(valid.min())}, {int(valid.max())}], but the outputs have "
                 f"{classes} classes (0 to {classes - 1}); check the labels or ignore_index="
@@ -422,9 +422,7 @@ def observed_cotangents(loss: Loss, outputs: Tensor, targets: Any, samples: int)
     return loss.unterms(loss.terms(gradient, samples) * scale.unsqueeze(-1), z)
 
 
-def scaled_terms(
-    loss: Loss, outputs: Tensor, targets: Any, samples: int, per: str
-) -> list[Tensor]:
+def scaled_terms(loss: Loss, outputs: Tensor, targets: Any, samples: int, per: str) -> list[Tensor]:
     """Cotangents whose outer products, sample by sample, make up the empirical Fisher.
 
     ``per="sample"``: one, with all terms of a sample together; ``per="term"``: one for every

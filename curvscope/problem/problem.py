@@ -292,9 +292,11 @@ class Problem:
 
     def _pass(self, seed: int) -> Facts:
         samples, terms, count, total = 0, 0.0, 0, 0.0
-        with self.session(), torch.no_grad():
+        # gradients stay enabled: models may differentiate inside forward, and take other kernels
+        # without them
+        with self.session():
             for inputs, targets in self.batches(seed):
-                outputs = self.outputs(inputs)
+                outputs = self.outputs(inputs).detach()
                 self.loss.check(outputs, targets)
                 value = self.batch_total(outputs, targets)
                 if not bool(torch.isfinite(value)):
@@ -499,9 +501,7 @@ def flat_gradient(
     """``d value / d parameters`` as one vector; parameters without influence give zeros."""
     if not value.requires_grad:
         return torch.cat([torch.zeros_like(p).reshape(-1) for p in parameters])
-    gradients = torch.autograd.grad(
-        value, parameters, create_graph=create_graph, allow_unused=True
-    )
+    gradients = torch.autograd.grad(value, parameters, create_graph=create_graph, allow_unused=True)
     return torch.cat(
         [
             (torch.zeros_like(p) if g is None else g).reshape(-1)
@@ -524,8 +524,5 @@ def _refuse_dropout(model: nn.Module) -> None:
         if rate and module.training:
             raise BatchNormError(
                 f'batchnorm="batch" with active dropout is not defined: layer {name!r} drops with '
-                f"p={rate}. Switch it off (module.eval() or p=0), or use batchnorm=\"eval\"."
+                f'p={rate}. Switch it off (module.eval() or p=0), or use batchnorm="eval".'
             )
-
-
-
