@@ -133,7 +133,7 @@ class ReferenceBlock:
     reasons: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Comparison(Result):
     """How far approximations are from a reference matrix; returned by :func:`compare`.
 

@@ -39,7 +39,7 @@ def _none() -> Tensor:
     return torch.empty(0, dtype=torch.float64)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Concentration(Result):
     """How a matrix is concentrated on its diagonal; returned by :func:`concentration`.
 

@@ -33,8 +33,8 @@ Function = Callable[[Pair], "float | Value"]
 class Metric:
     """A metric: its name (a column), a title for people, and which values are good.
 
-    ``better`` is ``"low"`` (best at 0), ``"high"`` (at most 1), ``"one"`` (best at 1) or ``None`` (a
-    fact, not a score). Scores do not change when everything is multiplied by one number.
+    ``better`` is ``"low"`` (best at 0), ``"high"`` (at most 1), ``"one"`` (best at 1) or ``None``
+    (a fact, not a score). Scores do not change when everything is multiplied by one number.
     """
 
     name: str

@@ -11,12 +11,10 @@ import torch
 from torch import Tensor
 
 from ..errors import NotDefinedError
-from ..operators import Operator
-from .facts import Facts, Limits
+from .facts import Facts
 from .lanczos import leading_by_products, norm_of_dense
 
 _BATCH = 8  # probes multiplied at once
-_FEWEST = 8  # probes below which a standard error says nothing
 _PROBES = 64
 
 Quantity = float | Tensor
@@ -53,19 +51,43 @@ class Moments:
         left_out = [function(*(_mean_without(part, i) for part in parts)) for i in range(count)]
         centre = math.fsum(left_out) / count
         spread = math.fsum((one - centre) ** 2 for one in left_out) * (count - 1) / count
+        if max(left_out) == min(left_out):  # what is random does not enter
+            return Value(value, 0.0, "structured")
         return Value(value, math.sqrt(spread), "estimated")
 
 
 class Probes:
-    """Random sign vectors and their products with a matrix, shared by everything compared to it."""
+    """Random sign vectors and their products with a matrix, shared by everything compared to it.
 
-    def __init__(self, facts: Facts) -> None:
+    ``samples`` ``[k]`` are independent estimates of what ``measure(z, R z)`` has as its mean, by
+    default ``||R z||^2`` for ``||R||_F^2``. Probing stops once the standard error is below the
+    tolerance, relative to their mean plus ``known``, or at the budget.
+    """
+
+    def __init__(
+        self,
+        facts: Facts,
+        measure: Callable[[Tensor, Tensor], Tensor] | None = None,
+        known: float = 0.0,
+    ) -> None:
         self.facts = facts
-        self.vectors, self.images = _probe(facts, facts.limits)
-
-    @property
-    def count(self) -> int:
-        return self.vectors.shape[1]
+        measure = measure or (lambda vectors, images: images.square().sum(0))
+        limits = facts.limits
+        generator = torch.Generator().manual_seed(limits.seed)
+        most = limits.products if limits.tol is not None else min(_PROBES, limits.products)
+        vectors, images, samples = [], [], []
+        for start in range(0, most, _BATCH):
+            batch = random_signs(facts.size, min(_BATCH, most - start), generator, facts.op.device)
+            image = facts.matmat(batch)
+            vectors.append(batch)
+            images.append(image)
+            samples.append(measure(batch, image))
+            if limits.tol is not None:
+                found = estimate(torch.cat(samples))
+                if found.stderr <= limits.tol * abs(found.value + known):
+                    break
+        self.vectors, self.images = torch.cat(vectors, 1), torch.cat(images, 1)
+        self.samples = torch.cat(samples)
 
     @cached_property
     def squares(self) -> Tensor:
@@ -197,42 +219,12 @@ def add(left: Quantity, right: Quantity) -> Quantity:
     return left + right
 
 
-def random_signs(size: int, count: int, generator: torch.Generator, op: Operator) -> Tensor:
+def random_signs(
+    size: int, count: int, generator: torch.Generator, device: torch.device | str
+) -> Tensor:
     """Independent +1 and -1 ``[size, count]`` (Rademacher)."""
     signs = torch.randint(0, 2, (size, count), generator=generator)
-    return (2 * signs - 1).to(dtype=torch.float64, device=op.device)
-
-
-def draw_until(
-    sample: Callable[[Tensor], Tensor], facts: Facts, limits: Limits
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Probes and what ``sample`` makes of them, until ``tol`` or the budget is reached.
-
-    The running estimate is that of the mean of squared column norms.
-    """
-    generator = torch.Generator().manual_seed(limits.seed)
-    most = max(
-        _FEWEST, limits.products if limits.tol is not None else min(_PROBES, limits.products)
-    )
-    vectors: list[Tensor] = []
-    images: list[Tensor] = []
-    taken = 0
-    while taken < most:
-        count = min(_BATCH, most - taken)
-        batch = random_signs(facts.size, count, generator, facts.op)
-        vectors.append(batch)
-        images.append(sample(batch))
-        taken += count
-        if limits.tol is not None and taken >= _FEWEST:
-            found = estimate(torch.cat([image.square().sum(0) for image in images]))
-            if found.stderr <= limits.tol * abs(found.value):
-                break
-    return vectors, images
-
-
-def _probe(facts: Facts, limits: Limits) -> tuple[Tensor, Tensor]:
-    vectors, images = draw_until(facts.matmat, facts, limits)
-    return torch.cat(vectors, 1), torch.cat(images, 1)
+    return (2 * signs - 1).to(dtype=torch.float64, device=device)
 
 
 def _mean(part: Quantity) -> float:

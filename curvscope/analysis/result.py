@@ -43,6 +43,7 @@ class Result:
 
     ``cost`` says what it took, ``settings`` holds the arguments that give it again, ``converged``
     whether every tolerance asked for was met, ``warnings`` what a reader must know, as sentences.
+    Subclasses are ``@dataclass(frozen=True, kw_only=True, eq=False, repr=False)``.
 
     It prints as sentences, shows as a table in a notebook, and can be pickled. A subclass writes
     :meth:`summary` and :meth:`records`; fields whose metadata has ``json=False`` stay out of

@@ -43,7 +43,16 @@ class WholeFacts(Facts):
 
     @cached_property
     def probes(self) -> Probes:
-        return Probes(self)
+        if not self.by_blocks:
+            return Probes(self)
+        return Probes(self, self._beside, math.fsum(part.norm2 for _, part in self.parts))
+
+    def _beside(self, vectors: Tensor, images: Tensor) -> Tensor:
+        """``||(R - D) z||^2``."""
+        images = images.clone()
+        for rows, (_, part) in zip(self.rows, self.parts):
+            images[rows] -= part.op @ vectors[rows]
+        return images.square().sum(0)
 
     @property
     def by_blocks(self) -> bool:
@@ -62,10 +71,9 @@ class WholeFacts(Facts):
             return 0.0
         if self.known:
             return max(self.norm2 - math.fsum(part.norm2 for _, part in self.parts), 0.0)
-        vectors, images = self.probes.vectors, self.probes.images.clone()
-        for rows, (_, part) in zip(self.rows, self.parts):
-            images[rows] -= part.op @ vectors[rows]
-        return images.square().sum(0)
+        if self.by_blocks:
+            return self.probes.samples
+        return self._beside(self.probes.vectors, self.probes.images)
 
     @cached_property
     def energy(self) -> Quantity:
