@@ -3,15 +3,19 @@
 from .compare import compare
 from .comparison import Comparison, ReferenceBlock, Row
 from .concentration import Concentration, concentration
+from .coverage import Cell, Coverage, ParameterRow, coverage
 from .result import Cost, Result
 from .spectrum import Spectrum, spectrum
 from .verify import Check, Verification, verify
 
 __all__ = [
+    "Cell",
     "Check",
     "Comparison",
     "Concentration",
     "Cost",
+    "Coverage",
+    "ParameterRow",
     "ReferenceBlock",
     "Result",
     "Row",
@@ -19,6 +23,7 @@ __all__ = [
     "Verification",
     "compare",
     "concentration",
+    "coverage",
     "spectrum",
     "verify",
 ]

@@ -40,7 +40,7 @@ def kfra(problem: Problem, *, uncovered: str = "raise") -> BlockDiagonalOperator
     run = collect_factors(problem, kind, "expand", at, need_outputs=False)
     with problem.session(at):
         inputs, targets = next(problem.batches())
-        order = _chain(record_batch(problem, inputs, targets))
+        order = chain(record_batch(problem, inputs, targets))
     # weight and bias may be blocks of their own, which share the layer's output factor
     positions: dict[int, list[str]] = {}
     for name in run.factors:
@@ -147,7 +147,7 @@ def _output_factor(
     return result
 
 
-def _chain(recording: Recording) -> list[int]:
+def chain(recording: Recording) -> list[int]:
     """The calls from input to output, each of which cuts the graph; refuses anything else."""
     calls = [k for k, c in enumerate(recording.calls) if c.kind.kronecker]
     seen: dict[int, int] = {}

@@ -18,6 +18,7 @@ from ...errors import CurvscopeError
 from ...operators import BlockDiagonalOperator, KroneckerOperator
 from ...problem import Problem
 from .. import truth
+from ..batches import merge
 from ..result import listing, number
 from .base import (
     CURVSCOPE,
@@ -77,8 +78,6 @@ def plain(case: Case, extension: str, field: str) -> dict[str, Any]:
 
 
 def _one_batch(problem: Problem) -> tuple[Any, Any]:
-    from .case import merge
-
     batches = truth.materialised(problem)
     batch = merge(batches)
     return batches[0] if batch is None else batch

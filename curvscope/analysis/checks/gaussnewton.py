@@ -14,6 +14,7 @@ from ...curvature.kronecker import kfac
 from ...operators import KroneckerOperator
 from ...problem import Problem
 from .. import truth
+from ..batches import cut, merge
 from ..result import listing, number
 from .base import (
     CURVSCOPE,
@@ -192,8 +193,6 @@ def _agreement(value: float, tolerance: float, what: str, against: str) -> str:
 def _with_terms(problem: Problem, seed: int) -> Problem | None:
     """One sample with at least one term of positive weight."""
     batches = truth.materialised(problem)
-    from .case import cut, merge
-
     for batch in batches if (merged := merge(batches)) is None else [merged]:
         total = problem.count_samples(*batch)
         for single in cut(batch, [1] * total):
