@@ -110,22 +110,32 @@ def _(op: EigenKroneckerOperator, A: Tensor, view: MatrixView) -> Tensor:
 
 @_output.register
 def _(op: LowRankOperator, A: Tensor, view: MatrixView) -> Tensor:
-    found: Tensor | float = 0.0
+    found = A.new_zeros(view.groups, view.out, view.out)
     for columns in chunks(op.rank, 3 * op.shape[0]):
-        m = view.to_matrix(op._V[:, columns])  # [k, g, o, i]
-        left = (m @ A) * op._weights[columns, None, None, None]
-        found = found + _stacked(left) @ _stacked(m).mT
-    return _tensor(found, A, view.out)
+        vectors = view.to_matrix(op._V[:, columns])
+        found += _from_vectors(vectors, op._weights[columns], A)
+    return found
 
 
 @_output.register
 def _(op: RowGramOperator, A: Tensor, view: MatrixView) -> Tensor:
-    return op.output_moments(rows_.input_forms(op._a, A))
+    found = A.new_zeros(view.groups, view.out, view.out)
+    if op.positions > view.inp:  # the sums over positions are smaller than the rows
+        for samples in op.vector_chunks():
+            vectors = op.vectors(samples).flatten(0, 1)
+            found += _from_vectors(vectors, op.weights(samples).flatten(), A)
+        return found
+    for part in op.parts():
+        found += part.output_moments(rows_.input_forms(part._a, A))
+    return found
 
 
 @_output.register
 def _(op: RowHessianOperator, A: Tensor, view: MatrixView) -> Tensor:
-    return op.output_moments(rows_.input_forms(op._a, A))
+    found = A.new_zeros(view.groups, view.out, view.out)
+    for part in op.parts():
+        found += part.output_moments(rows_.input_forms(part._a, A))
+    return found
 
 
 @_output.register
@@ -186,22 +196,32 @@ def _(op: EigenKroneckerOperator, G: Tensor, view: MatrixView) -> Tensor:
 
 @_input.register
 def _(op: LowRankOperator, G: Tensor, view: MatrixView) -> Tensor:
-    found: Tensor | float = 0.0
+    found = G.new_zeros(view.groups, view.inp, view.inp)
     for columns in chunks(op.rank, 3 * op.shape[0]):
-        m = view.to_matrix(op._V[:, columns]).mT  # [k, g, i, o]
-        left = (m @ G) * op._weights[columns, None, None, None]
-        found = found + _stacked(left) @ _stacked(m).mT
-    return _tensor(found, G, view.inp)
+        vectors = view.to_matrix(op._V[:, columns]).mT
+        found += _from_vectors(vectors, op._weights[columns], G)
+    return found
 
 
 @_input.register
 def _(op: RowGramOperator, G: Tensor, view: MatrixView) -> Tensor:
-    return rows_.input_moments(op._a, op.output_forms(G))
+    found = G.new_zeros(view.groups, view.inp, view.inp)
+    if op.positions > view.inp:  # the sums over positions are smaller than the rows
+        for samples in op.vector_chunks():
+            vectors = op.vectors(samples).flatten(0, 1).mT
+            found += _from_vectors(vectors, op.weights(samples).flatten(), G)
+        return found
+    for part in op.parts():
+        found += rows_.input_moments(part._a, part.output_forms(G))
+    return found
 
 
 @_input.register
 def _(op: RowHessianOperator, G: Tensor, view: MatrixView) -> Tensor:
-    return rows_.input_moments(op._a, op.output_forms(G))
+    found = G.new_zeros(view.groups, view.inp, view.inp)
+    for part in op.parts():
+        found += rows_.input_moments(part._a, part.output_forms(G))
+    return found
 
 
 @_input.register
@@ -232,13 +252,13 @@ def _from_diagonal(diagonal: Tensor, factor: Tensor, view: MatrixView, *, rows: 
     return torch.diag_embed(((matrix if rows else matrix.mT) @ other).squeeze(-1))
 
 
+def _from_vectors(matrices: Tensor, weights: Tensor, factor: Tensor) -> Tensor:
+    """``sum_k w_k M_k F M_k^T`` per group: ``[k, g, p, q]`` and ``[g, q, q]`` -> ``[g, p, p]``."""
+    left = (matrices @ factor) * weights[:, None, None, None]
+    return _stacked(left) @ _stacked(matrices).mT
+
+
 def _stacked(matrices: Tensor) -> Tensor:
     """``[k, g, p, q]`` -> ``[g, p, k q]``."""
     count, groups, rows, columns = matrices.shape
     return matrices.permute(1, 2, 0, 3).reshape(groups, rows, count * columns)
-
-
-def _tensor(found: Tensor | float, like: Tensor, size: int) -> Tensor:
-    if isinstance(found, Tensor):
-        return found
-    return like.new_zeros(like.shape[0], size, size)

@@ -37,10 +37,10 @@ def weights(a: Tensor, z: Tensor) -> Tensor:
     return (rows.mT @ z).reshape(groups, inp, out, count).transpose(1, 2)
 
 
-def input_forms(a: Tensor, A: Tensor) -> Tensor:
-    """``a_nt^T A_g a_nu`` for all pairs of positions: ``[N, g, T, T]``."""
+def input_forms(a: Tensor, A: Tensor | None) -> Tensor:
+    """``a_nt^T A_g a_nu`` for all pairs of positions: ``[N, g, T, T]``; ``None``: the identity."""
     rows = a.transpose(1, 2)
-    return rows @ A @ rows.mT
+    return (rows if A is None else rows @ A) @ rows.mT
 
 
 def input_moments(a: Tensor, forms: Tensor) -> Tensor:

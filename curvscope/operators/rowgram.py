@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -12,8 +14,9 @@ from ..errors import OptionError, ShapeError
 from . import row_algebra as rows_
 from .base import Layout, Operator, Provenance
 from .dense import set_parameters
+from .gram import gram_eigenvalues, gram_norm, gram_rows
 from .lowrank import LowRankOperator
-from .numerics import as_float, chunks, same_kind, symmetric, total
+from .numerics import as_float, chunks, same_kind, total
 from .row_algebra import SMALL
 from .rowhessian import RowHessianOperator
 from .view import MatrixView
@@ -126,9 +129,9 @@ class RowGramOperator(Operator):
         v = S.reshape(n, groups, count * out, positions) @ a
         return v.reshape(n, groups, count, out, -1).permute(2, 0, 1, 3, 4)
 
-    def vector_chunks(self) -> list[slice]:
-        """Slices of samples whose vectors fit into one temporary."""
-        return list(chunks(self._S.shape[1], 2 * self._S.shape[0] * self.shape[0]))
+    def vector_chunks(self, budget: int | None = None) -> list[slice]:
+        """Slices of samples whose vectors fit into one temporary of ``budget`` numbers."""
+        return list(chunks(self._S.shape[1], 2 * self._S.shape[0] * self.shape[0], budget))
 
     def weights(self, samples: slice = slice(None)) -> Tensor:
         """``scale * sign_cn`` ``[C, n]``."""
@@ -162,8 +165,22 @@ class RowGramOperator(Operator):
         return result
 
     def trace(self) -> float:
-        forms = self.output_forms(None)
-        return total((forms * rows_.input_forms(self._a, self._eye(self.view.inp))).sum((1, 2, 3)))
+        return math.fsum(
+            total((part.output_forms(None) * rows_.input_forms(part._a, None)).sum((1, 2, 3)))
+            for part in self.parts()
+        )
+
+    def parts(self) -> Iterator[RowGramOperator]:
+        """The sum cut into samples whose forms ``[T, T]`` fit into one temporary."""
+        count, samples, positions, groups, out = self._S.shape
+        if positions == 1:
+            yield self
+            return
+        for rows in chunks(samples, count * groups * positions * (positions + out)):
+            twin = copy.copy(self)
+            twin._S, twin._a = self._S[:, rows], self._a[rows]
+            twin._signs = None if self._signs is None else self._signs[:, rows]
+            yield twin
 
     def output_forms(self, G: Tensor | None) -> Tensor:
         """``scale * sum_c sign s_cnt^T G_g s_cnu``: ``[N, g, T, T]``; ``None`` is the identity."""
@@ -195,12 +212,7 @@ class RowGramOperator(Operator):
             return math.sqrt(max(total(gram), 0.0))
         if self.shape[0] <= max(SMALL, self.rank):
             return super().frobenius_norm()
-        square = 0.0
-        every = self.weights().flatten()
-        for samples in self.vector_chunks():
-            gram = self.gram(samples).square_() * self.weights(samples).reshape(-1, 1)
-            square += total(gram @ every)
-        return math.sqrt(max(square, 0.0))
+        return gram_norm(self)
 
     @property
     def simple(self) -> bool:
@@ -217,44 +229,15 @@ class RowGramOperator(Operator):
             gram = rows_.outer_gram(left, signs, right, other._signs)
         return self._scale * other._scale * gram
 
-    def gram(self, samples: slice = slice(None)) -> Tensor:
-        """Rows of the Gram matrix ``v_k . v_l``, ``k`` and ``l`` running over ``(c, n)``."""
-        samples = slice(*samples.indices(self._S.shape[1]))
-        count = self._S.shape[0]
-        if self.positions == 1:
-            gram: Tensor | float = 0.0
-            for g in range(self.view.groups):
-                S, a = self._S[:, :, 0, g], self._a[:, 0, g]
-                inner = torch.einsum("cno,dmo->cndm", S[:, samples], S)
-                gram = gram + inner * (a[samples] @ a.mT).unsqueeze(1)
-            assert isinstance(gram, Tensor)
-            return gram.reshape(count * (samples.stop - samples.start), -1)
-        own = self.vectors(samples).reshape(-1, self.shape[0])
-        gram = own.new_empty(own.shape[0], count, self._S.shape[1])
-        for part in self.vector_chunks():
-            other = self.vectors(part).reshape(-1, self.shape[0])
-            gram[:, :, part] = (own @ other.mT).reshape(own.shape[0], count, -1)
-        return gram.flatten(1)
+    def gram(self) -> Tensor:
+        """The Gram matrix ``v_k . v_l`` ``[C N, C N]`` of the vectors, without weights."""
+        return gram_rows(self, slice(None))
 
     def eigenvalues(self) -> Tensor:
         """All eigenvalues ``[P]``, through the Gram matrix of the vectors if ``C N < P``."""
         if self.rank >= self.shape[0]:
             return super().eigenvalues()
-        memory.require(
-            3 * self.rank**2 * self.dtype.itemsize,
-            f"The Gram matrix of the {self.rank} vectors of the {self.info.what}",
-            "Take the leading eigenvalues, cs.eigsh(op, k), or fewer samples.",
-            device=self.device,
-        )
-        gram, weights = symmetric("The Gram matrix", self.gram()), self.weights().flatten()
-        if bool((weights >= 0).all()):
-            root = weights.sqrt()
-            values = torch.linalg.eigvalsh(gram * root * root.unsqueeze(1))
-        else:  # the spectrum of V D V^T is that of K^(1/2) D K^(1/2)
-            squares, basis = torch.linalg.eigh(gram)
-            half = basis * squares.clamp_min(0.0).sqrt()
-            values = torch.linalg.eigvalsh((half.mT * weights) @ half)
-        return torch.cat([values, values.new_zeros(self.shape[0] - self.rank)]).sort().values
+        return gram_eigenvalues(self)
 
     def eigh(self) -> tuple[Tensor, Tensor]:
         return self.to_lowrank().eigh() if self.rank < self.shape[0] else super().eigh()
@@ -307,9 +290,6 @@ class RowGramOperator(Operator):
         return RowGramOperator(
             self._S, self._a, factor * self._scale, signs=self._signs, view=self.view
         )
-
-    def _eye(self, size: int) -> Tensor:
-        return torch.eye(size, dtype=self.dtype, device=self.device)
 
     def _by_sample(self) -> Tensor:
         """``S`` as ``[N, C, T g o]``."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -137,9 +139,20 @@ class RowHessianOperator(Operator):
         return self._scale * result
 
     def trace(self) -> float:
-        eye = torch.eye(self.view.inp, dtype=self.dtype, device=self.device)
-        forms = self.output_forms(None)
-        return total((forms * rows_.input_forms(self._a, eye)).sum((1, 2, 3)))
+        return math.fsum(
+            total((part.output_forms(None) * rows_.input_forms(part._a, None)).sum((1, 2, 3)))
+            for part in self.parts()
+        )
+
+    def parts(self) -> Iterator[RowHessianOperator]:
+        """The sum cut into samples whose temporaries are small."""
+        if self.positions == 1:
+            yield self
+            return
+        for rows in chunks(self._a.shape[0], 2 * self._H[0].numel()):
+            twin = copy.copy(self)
+            twin._H, twin._a = self._H[rows], self._a[rows]
+            yield twin
 
     def output_forms(self, G: Tensor | None) -> Tensor:
         """``scale * <G_g, H_n[t, g, :, u, g, :]>``: ``[N, g, T, T]``; ``None`` is the identity."""

@@ -76,7 +76,9 @@ def cases_of(kind: type[Operator], *, slow: bool = False) -> Callable[[Builder],
 
 @cache
 def all_cases() -> tuple[Case, ...]:
-    """Every registered case."""
+    """Every registered case, those of operators above the operators package as well."""
+    from tests.operators import curvature_cases  # noqa: F401 (registers its cases)
+
     return tuple(
         Case(f"{kind.__name__}-{name}", op, truth, kind in SLOW)
         for kind, builders in REGISTRY.items()

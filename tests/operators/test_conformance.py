@@ -23,7 +23,6 @@ from curvscope.operators import (
     inner,
     kronecker_eigenvalue_correction,
 )
-from tests.operators import curvature_cases  # noqa: F401 (registers its cases)
 from tests.operators.cases import (
     REGISTRY,
     SIZE,
