@@ -203,7 +203,7 @@ def _adafisher(problem: Problem, normalise: str | None, uncovered: str) -> Block
             gradients = recording.gradients(seed)
             for name, plan in plans.items():
                 calls = [recording.calls[k] for k in plan.calls]
-                reason = _adafisher_reason(plan, calls)
+                reason = adafisher_reason(plan, calls)
                 if reason is not None:
                     reasons[name] = reason
                     continue
@@ -233,7 +233,8 @@ def _adafisher(problem: Problem, normalise: str | None, uncovered: str) -> Block
     return assemble(problem, blocks, info, reasons, uncovered)
 
 
-def _adafisher_reason(plan: BlockPlan, calls: list[Call]) -> str | None:
+def adafisher_reason(plan: BlockPlan, calls: list[Call]) -> str | None:
+    """Why AdaFisher's factors are not defined for a block; ``None`` where they are."""
     if not calls:
         return plan.reasons.get("gram", "the block's parameters are not used")
     first = calls[0]
