@@ -169,7 +169,7 @@ class CurvatureOptimizer(Inspection, torch.optim.Optimizer):
             fallback_update(
                 self.fallback,
                 p,
-                p.grad,
+                -p.grad if group.get("maximize") else p.grad,
                 self.state[p],
                 lr=float(group["fallback_lr"] * factor),
                 weight_decay=group.get("weight_decay", 0.0),
