@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..operators import Operator, Provenance
 from ..problem import Problem, Snapshot
+from ..problem.state import trains_differently
 from ..progress import track
 from .products import EMPIRICAL, HESSIAN, Kind, VectorJacobian, batch_product
 
@@ -36,7 +37,7 @@ def provenance(problem: Problem, kind: Kind, route: str) -> Provenance:
     if kind.matrix == EMPIRICAL:
         settings["per"] = kind.per
     notes = []
-    if any(m.training for m in problem.user_model.modules()) and problem.batchnorm == "eval":
+    if trains_differently(problem.user_model) and problem.batchnorm == "eval":
         notes.append("computed as under eval(), although the model is in train mode")
     if problem.batchnorm == "batch":
         notes.append("BatchNorm by batch statistics: a quantity of the batches as given")
