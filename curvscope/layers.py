@@ -53,7 +53,8 @@ class Call:
 
     ``inputs`` is detached; ``outputs`` is part of the graph (before any in-place activation);
     ``options`` holds the function's other arguments (stride, ...). ``weight`` or ``bias`` is
-    ``None`` where it is absent or not a parameter that takes part.
+    ``None`` where it is absent or not a parameter that takes part. ``parents`` are the nodes of the
+    autograd graph that the call depends on besides these two.
     """
 
     kind: LayerType
@@ -62,6 +63,7 @@ class Call:
     weight: Tensor | None
     bias: Tensor | None
     options: dict[str, Any] = field(default_factory=dict)
+    parents: tuple[Any, ...] = ()
 
     def candidates(self, samples: int) -> list[SampleAxis]:
         """Ways in which the outputs may be cut into samples, the most usual first."""

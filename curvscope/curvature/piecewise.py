@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import torch
 from torch import Tensor
 
 _LINEAR = {
@@ -168,6 +169,8 @@ def is_piecewise_linear(outputs: Tensor, z: Tensor, *, log_softmax: bool = False
         return True
     nodes = downstream(root, z.grad_fn)
     for node in nodes:
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            return False  # a user's Function, which may have any name
         operation = _operation(node)
         inputs = [f in nodes or f is z.grad_fn for f, _ in node.next_functions]
         if operation in _LINEAR or operation in _PIECEWISE:

@@ -24,7 +24,7 @@ from ..layers import Call
 from ..operators import MatrixView
 from ..problem import Problem
 from .piecewise import is_piecewise_linear
-from .recording import Recording, graph_uses
+from .recording import Recording, used_elsewhere
 
 ROUTES = ("gram", "piecewise-linear", "rows", "autograd")
 
@@ -89,16 +89,12 @@ def matrix_view(parameters: Sequence[Tensor], calls: Sequence[Call]) -> MatrixVi
 
 
 def not_separable(
-    recording: Recording, members: Sequence[str], own: Sequence[Tensor], uses: dict[int, int]
+    recording: Recording, members: Sequence[str], own: Sequence[Tensor], elsewhere: set[int]
 ) -> str | None:
     """Why the parameters' gradients do not fall apart into samples; ``None`` if they do."""
     for member, p in zip(members, own, strict=True):
-        seen = len(uses_of(p, recording.calls))
-        if seen != uses[id(p)]:
-            return (
-                f"{member!r} is used {uses[id(p)]} times, {seen} of them in a layer that "
-                "curvscope can take apart"
-            )
+        if id(p) in elsewhere:
+            return f"{member!r} is used outside of the layers that curvscope can take apart"
     if not recording.separable_outputs:
         return (
             f"outputs {list(recording.outputs.shape)} do not start with the "
@@ -115,11 +111,11 @@ def broken(
     problem: Problem, recording: Recording, plans: Sequence[BlockPlan], route: str = "gram"
 ) -> dict[str, str]:
     """Plans, made on an earlier batch, that do not hold on this one: block -> reason."""
-    uses = graph_uses(recording.outputs, problem.params.values())
+    elsewhere = used_elsewhere(recording, problem.params.values())
     reasons = {}
     for plan in plans:
         calls = [k for p in plan.parameters for k in uses_of(p, recording.calls)]
-        reason = not_separable(recording, plan.names, plan.parameters, uses)
+        reason = not_separable(recording, plan.names, plan.parameters, elsewhere)
         if reason is None and tuple(sorted(set(calls))) != plan.calls:
             reason = "a later batch uses its parameters otherwise"
         if reason is None and route == "piecewise-linear":
@@ -139,15 +135,14 @@ def plan_blocks(
     problem: Problem, recording: Recording, blocks: dict[str, tuple[str, ...]]
 ) -> dict[str, BlockPlan]:
     """The valid routes of every block on this batch."""
-    parameters = list(problem.params.values())
-    uses = graph_uses(recording.outputs, parameters)
+    elsewhere = used_elsewhere(recording, problem.params.values())
     log_softmax = _log_softmax(problem)
     plans = {}
     for name, members in blocks.items():
         own = tuple(problem.params[m] for m in members)
         found = tuple(sorted({k for p in own for k in uses_of(p, recording.calls)}))
         reasons: dict[str, str] = {}
-        reason = not_separable(recording, members, own, uses)
+        reason = not_separable(recording, members, own, elsewhere)
         if reason is not None:
             reasons["gram"] = reason
         plan = BlockPlan(name, members, own, found, (), reasons)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from ..layer_calls import LAYER_TYPES
@@ -84,6 +85,8 @@ class Recorder(TorchFunctionMode):
         weight, bias = (
             p if id(p) in self.watched else None for p in (bound["weight"], bound["bias"])
         )
+        given = (args[0] if args else keywords["input"], bound["weight"], bound["bias"])
+        others = (given[0], *(p for p in given[1:] if id(p) not in self.watched))
         call = Call(
             kind=bound["kind"],
             inputs=bound["input"].detach(),
@@ -91,6 +94,11 @@ class Recorder(TorchFunctionMode):
             weight=weight,
             bias=bias,
             options={k: v for k, v in bound.items() if k not in _KEYS},
+            parents=tuple(
+                get_gradient_edge(t).node
+                for t in others
+                if isinstance(t, Tensor) and t.requires_grad
+            ),
         )
         self.calls.append(call)
         # the clone keeps `out` intact when the model goes on to change it in place
@@ -140,14 +148,22 @@ def record(
     return recording
 
 
+_CODES = ((0, 1), (2, 3), (0, 2), (1, 3), (0, 3), (1, 2))
+
+
 def _masks(samples: int) -> list[Tensor]:
-    """Two different ways to part the samples, each side non-empty."""
-    index = torch.arange(samples)
+    """Four parts of the samples that tell influences between them apart.
+
+    Every sample is in two of the four parts. Two samples in different pairs of parts are each in
+    a part without the other: so are any two of up to six samples, and of more five out of six
+    pairs. No sample is in all parts, so that an axis of other things, of which the outputs use one
+    entry only, is not taken for that of the samples.
+    """
     generator = torch.Generator().manual_seed(samples)
-    shuffled = torch.randperm(samples, generator=generator)
-    half = torch.zeros(samples, dtype=torch.bool)
-    half[shuffled[: max(samples // 2, 1)]] = True
-    return [index % 2 == 0, half]
+    code = torch.randperm(samples, generator=generator) % len(_CODES)
+    member = torch.zeros(len(_CODES), 4, dtype=torch.bool)
+    member[torch.arange(len(_CODES)).unsqueeze(1), torch.tensor(_CODES)] = True
+    return [part for part in member[code].mT if bool(part.any())]
 
 
 def _find_samples(recording: Recording) -> None:
@@ -179,6 +195,33 @@ def _find_samples(recording: Recording) -> None:
     recording.axes = [found[0] if found else None for found in candidates]
 
 
+def used_elsewhere(recording: Recording, parameters: Iterable[Tensor]) -> set[int]:
+    """``id`` of the parameters that influence the outputs on a way around the recorded calls.
+
+    The walk down the graph steps from the output of a call to its input, not to its weight and
+    bias: whichever parameter it still meets is used in some other way as well.
+    """
+    if not recording.outputs.requires_grad:
+        return set()
+    leaves = {get_gradient_edge(p).node: id(p) for p in parameters}
+    behind = {c.outputs.grad_fn: c.parents for c in recording.calls}
+    found: set[int] = set()
+    seen: set[Any] = set()
+    stack = [get_gradient_edge(recording.outputs).node]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node in leaves:
+            found.add(leaves[node])
+        elif node in behind:
+            stack.extend(behind[node])
+        else:
+            stack.extend(follower for follower, _ in node.next_functions)
+    return found
+
+
 def graph_uses(outputs: Tensor, parameters: Iterable[Tensor]) -> dict[int, int]:
     """How often each parameter (by ``id``) enters the autograd graph of ``outputs``."""
     accumulators: dict[Any, int] = {}
@@ -201,4 +244,4 @@ def graph_uses(outputs: Tensor, parameters: Iterable[Tensor]) -> dict[int, int]:
     return uses
 
 
-__all__ = ["Recorder", "Recording", "graph_uses", "record", "sample_axes"]
+__all__ = ["Recorder", "Recording", "graph_uses", "record", "sample_axes", "used_elsewhere"]

@@ -58,7 +58,9 @@ def module_state(model: nn.Module) -> Iterator[None]:
                     now[name] = value
             for name, entries in inner.items():
                 current = now[name]
-                if dict(current) != entries or list(current) != list(entries):
+                # by identity: comparing tensors would compare their entries
+                same = all(current.get(key, _MISSING) is value for key, value in entries.items())
+                if not same or list(current) != list(entries):
                     current.clear()
                     current.update(entries)
         with torch.no_grad():
