@@ -9,6 +9,7 @@ from ...curvature.exact import ggn, hessian
 from ...problem import Problem, flat_gradient
 from .. import truth
 from ..batches import cut
+from ..labels import own_loss
 from ..result import listing, number
 from .base import (
     CURVSCOPE,
@@ -41,7 +42,7 @@ def objective(case: Case) -> Outcome:
         )
     with problem.session():
         outputs = problem.outputs(batch[0])
-        total = truth.own_loss(problem.user_loss, outputs, batch[1])
+        total = own_loss(problem.user_loss, outputs, batch[1])
         slope = flat_gradient(total, list(problem.params.values()))
     value = total.detach()
     mine = problem.objective()
@@ -62,8 +63,8 @@ def objective(case: Case) -> Outcome:
         f"{number(details['gradient'], 2)} (relative)."
     )
     advice = (
-        "What the loss's mean divides by is not what reduction= says, or the loss couples samples. "
-        "Give reduction='sum' or a callable that counts the terms."
+        "Either the loss's mean divides by something else than reduction= says (give "
+        "reduction='sum' or a callable that counts the terms), or samples influence each other."
     )
     return judged(worst, case.exact, sentence, advice=advice, details=details)
 

@@ -51,7 +51,15 @@ class Case:
 
     @cached_property
     def few(self) -> Problem:
-        return in_two(self.double.subset(min(_FEW, self.double.n_samples), self.seed))
+        total = self.double.n_samples
+        chosen = self.draw(total, min(_FEW, total), 50)
+        if self.merged is None:
+            return in_two(self.double.subset(len(chosen), self.seed))
+        size = len(chosen)
+        # two uneven batches, so that sums over batches are part of every check
+        sizes = [size] if size < 3 or self.double.batchnorm == "batch" else [2 * size // 3]
+        sizes += [size - sizes[0]] if sizes[0] < size else []
+        return self.double.with_data(cut(self.merged, sizes, torch.tensor(chosen)))
 
     @cached_property
     def merged(self) -> Batch | None:

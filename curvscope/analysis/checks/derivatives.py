@@ -21,7 +21,7 @@ _BACKWARD = (
     "Look at custom torch.autograd.Functions, at .detach() and .data in the forward pass, and at "
     "operations without a derivative (argmax, round, integer indexing)."
 )
-_KINK = (
+KINK = (
     "the objective has a kink exactly at these parameters (one-sided derivatives differ; a ReLU or "
     "max at a tie, often a zero bias on a constant region), so there is no derivative to compare"
 )
@@ -48,9 +48,10 @@ def gradient(case: Case) -> Outcome:
     name = max(failed or decided, key=lambda n: decided[n].value)
     worst = decided[name]
     if not failed:
-        left = f"; {len(found) - len(decided)} directions were undecided" * (
-            len(decided) < len(found)
-        )
+        left = ""
+        if len(decided) < len(found):
+            other = next(s.sentence for n, s in found.items() if n not in decided)
+            left = f"; in {len(found) - len(decided)} more {other}"
         sentence = (
             f"The gradient agrees with finite differences along {len(decided)} random directions "
             f"up to {number(worst.value, 2)}{left}."
@@ -95,7 +96,7 @@ def _compare(
     own = 20 * found.error / scale
     outcome = judged(value, tolerance + own, "")
     if outcome.status == FAILED and found.kink:
-        return skipped(_KINK)
+        return skipped(KINK)
     if own > 1e-2 and value < 10 * own:
         return skipped(f"finite differences are too noisy here (their own error is {own:.1g})")
     return outcome

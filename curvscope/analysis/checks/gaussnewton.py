@@ -15,6 +15,7 @@ from ...operators import KroneckerOperator
 from ...problem import Problem
 from .. import truth
 from ..batches import cut, merge
+from ..labels import label_distributions
 from ..result import listing, number
 from .base import (
     CURVSCOPE,
@@ -26,27 +27,38 @@ from .base import (
     skipped,
 )
 from .case import Case, relative, shifted
-from .derivatives import compare_blocks, unit_columns
+from .derivatives import KINK, compare_blocks, unit_columns
 from .differences import derivative, unit_scale
 
 _PASSES = 1500  # backward passes that one check may take for labels or outputs
-_REPORT = "Report this with the model and the loss; do not use this matrix meanwhile."
+_REPORT = (
+    "If the gradient check fails as well, mend that first; otherwise report this with the model "
+    "and the loss, and do not use this matrix meanwhile."
+)
 
 
-@register("GGN by definition", about=CURVSCOPE, decides=("GGN",))
+@register(
+    "GGN by definition",
+    about=CURVSCOPE,
+    decides=("GGN",),
+    underlies=("Fisher", "sampled Fisher"),
+)
 def ggn_forms(case: Case) -> Outcome:
     """``u^T G v`` against ``(J u)^T (d^2 l / dz^2) (J v)`` with ``J u`` by finite differences."""
     problem, op = case.few, ggn(case.few)
-    forms, error = _forms(case, lambda x, y, z, du, dv: du.reshape(-1) @ _curved(problem, z, y, dv))
+    forms, error, kink = _forms(
+        case, lambda x, y, z, du, dv: du.reshape(-1) @ _curved(problem, z, y, dv)
+    )
     vectors = _directions(case)
     found = (vectors.T @ (op @ vectors)).cpu().double()
     scale = unit_scale(_flat(problem)) ** 2
     value = relative(scale * found, forms, case.eps)
     tolerance = max(1e-6 if case.double.dtype == torch.float64 else case.eps**0.4, 20 * error)
-    if error > 1e-2:
+    if error > 1e-2 or (kink and value > tolerance):
+        because = KINK if kink else f"they are too noisy (their own error is {number(error, 2)})"
         return skipped(
-            "Products with the GGN could not be compared with finite differences of the outputs, "
-            f"which are too noisy (their own error is {number(error, 2)})."
+            "Products with the GGN could not be compared with finite differences of the outputs: "
+            f"{because}."
         )
     return judged(
         value,
@@ -87,12 +99,14 @@ def fisher_labels(case: Case) -> Outcome:
         value, tolerance = relative(found, true), case.exact
         how += f" ({passes} gradients)"
     else:
-        forms, error = _forms(case, _label_form(problem))
+        forms, error, kink = _forms(case, _label_form(problem))
         vectors = _directions(case)
         found = (vectors.T @ (op @ vectors)).cpu().double()
         value = relative(unit_scale(_flat(problem)) ** 2 * found, forms, case.eps)
         tolerance = max(1e-6 if case.double.dtype == torch.float64 else case.eps**0.4, 20 * error)
         how += " (finite differences of log p along random directions)"
+        if error > 1e-2 or (kink and value > tolerance):
+            return skipped(f"The Fisher could not be compared with finite differences: {KINK}.")
     return judged(value, tolerance, _agreement(value, tolerance, "The Fisher", how), advice=_REPORT)
 
 
@@ -212,15 +226,15 @@ def _directions(case: Case) -> Tensor:
 
 def _forms(
     case: Case, form: Callable[[object, object, Tensor, Tensor, Tensor], Tensor]
-) -> tuple[Tensor, float]:
-    """``form`` of every pair of two directions, summed over ``few``; and its relative error.
+) -> tuple[Tensor, float, bool]:
+    """``form`` of every pair of two directions, summed over ``few``; its relative error; kinks.
 
     ``form(inputs, targets, outputs, du, dv)`` gets the outputs and their derivatives along the two
     directions (times the length scale of the parameters).
     """
     problem = case.few
     scale = unit_scale(_flat(problem))
-    total, worst = torch.zeros(2, 2, dtype=torch.float64), 0.0
+    total, worst, kink = torch.zeros(2, 2, dtype=torch.float64), 0.0, False
     for inputs, targets in truth.materialised(problem):
 
         def along(h: float, v: Tensor) -> Tensor:
@@ -232,11 +246,12 @@ def _forms(
         for v in (case.direction(1), case.direction(2)):
             found = derivative(functools.partial(along, v=v), eps=case.eps)
             slopes.append(found.value)
+            kink = kink or found.kink
             worst = max(worst, found.error / max(float(found.value.norm()), 1e-300))
         for i, du in enumerate(slopes):
             for j, dv in enumerate(slopes):
                 total[i, j] += float(form(inputs, targets, outputs, du, dv))
-    return problem.scale * total, worst
+    return problem.scale * total, worst, kink
 
 
 def _curved(problem: Problem, z: Tensor, targets: object, dv: Tensor) -> Tensor:
@@ -260,7 +275,7 @@ def _label_form(
         z = z.detach().requires_grad_()
         total = torch.zeros((), dtype=z.dtype)
         with torch.enable_grad():
-            for logs, weights in truth.label_distributions(problem, z, targets):
+            for logs, weights in label_distributions(problem, z, targets):
                 slopes = [_directional(logs, z, d) for d in (du, dv)]
                 total = total + (weights * slopes[0] * slopes[1]).sum().cpu()
         return total

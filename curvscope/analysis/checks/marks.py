@@ -48,7 +48,9 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         for place, value in before.items()
         if place not in now or not _same(value, now[place])
     ]
-    return found + [f"{place} is new" for place in now if place not in before]
+    # a longer list is reported by its number of entries
+    new = [p for p in now if p not in before and not p.startswith("entry ")]
+    return found + [f"{place} is new" for place in new]
 
 
 def mark_module(places: dict[str, Any], model: nn.Module, what: str) -> None:
