@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 from torch import Tensor
 
 _DIRECT = 500  # rows up to which a full eigen-decomposition beats iterating
@@ -36,7 +36,7 @@ def leading_of_dense(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
                 torch.as_tensor(values[order], device=matrix.device),
                 torch.as_tensor(np.ascontiguousarray(vectors[:, order]), device=matrix.device),
             )
-        except ArpackNoConvergence:
+        except ArpackError:  # not converged, or a matrix that maps the start to zero
             pass
     found, basis = torch.linalg.eigh(matrix)
     places = found.abs().argsort(descending=True, stable=True)[:count]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -127,7 +128,12 @@ class EigenKroneckerOperator(Operator):
         return self._with(self._S + damping)
 
     def _with(self, S: Tensor) -> EigenKroneckerOperator:
-        return EigenKroneckerOperator(self._U_G, self._U_A, S, self.view)
+        # a copy: bases converted from float32 are orthogonal to float32's precision only, and a new
+        # object would refuse them
+        twin = copy.copy(self)
+        twin._S = S
+        twin.positive_semidefinite = True if bool((S >= 0).all()) else None
+        return twin
 
     def _factor_size(self) -> int:
         return max(self.view.out, self.view.inp)
