@@ -8,7 +8,8 @@ is here: parameters and blocks, the fallback rule, saving and loading, checks, o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -22,7 +23,7 @@ from . import checks, saving
 from .averaging import average, choose_group
 from .fallback import FALLBACK_LR, fallback_update
 from .inspection import Inspection
-from .layer import find_layers
+from .layer import Layer, find_layers
 from .tap import LayerCall, LayerTap, remove_dead_hooks
 
 
@@ -95,7 +96,8 @@ class CurvatureOptimizer(Inspection, torch.optim.Optimizer):
         """Add parameters of the model, for example those of layers that are no longer frozen."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        checks.check_group(group, self.method)
+        checks.check_group(group)
+        self._check_group(group)
         if group["fallback_lr"] is None:
             group["fallback_lr"] = FALLBACK_LR[self.fallback]
         group.setdefault("base_lr", group["lr"])
@@ -110,6 +112,9 @@ class CurvatureOptimizer(Inspection, torch.optim.Optimizer):
     def _open(self) -> None:
         """Put hooks on the model: called by the subclass, after copying and unpickling."""
 
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Check the subclass's own options of a parameter group."""
+
     def _tap_layers(
         self,
         receive: Callable[[LayerCall], None],
@@ -119,13 +124,33 @@ class CurvatureOptimizer(Inspection, torch.optim.Optimizer):
         self._tap = LayerTap(self.model, self.layers, receive, outputs)
         return self._tap
 
+    @contextmanager
+    def _attached(self) -> Iterator[LayerTap]:
+        """Hooks for the length of a block, for methods that need them during a step only."""
+        tap = LayerTap(self.model, self.layers, self._receive)
+        try:
+            yield tap
+        finally:
+            tap.close()
+
+    def _receive(self, call: LayerCall) -> None:
+        """What a hook hands over; see :class:`~.tap.LayerTap`."""
+
+    def _first(self, block: str) -> nn.Parameter:
+        return self.params[self.blocks[block][0]]
+
     def block_state(self, block: str) -> dict[str, Any]:
         """What is kept for a block: it lives in ``state`` under the block's first parameter."""
-        return self.state[self.params[self.blocks[block][0]]]
+        return self.state[self._first(block)]
 
     def group_of(self, parameter: Tensor) -> dict[str, Any]:
         """The parameter group of a parameter."""
         return next(g for g in self.param_groups if any(p is parameter for p in g["params"]))
+
+    @property
+    def factor_dtype(self) -> torch.dtype:
+        """That of the parameters, float32 at least."""
+        return torch.promote_types(self.dtype, torch.float32)
 
     def average(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Means over the process group; the tensors themselves where there is none."""
@@ -136,13 +161,30 @@ class CurvatureOptimizer(Inspection, torch.optim.Optimizer):
     def _check_ready(self) -> None:
         self._facts.check(self.model, self.params, self.method)
 
-    def _check_loss(self, loss: Tensor | None, culprit: str | None = None) -> None:
-        """Refuse a loss or gradients that are not finite, on all ranks together."""
+    def _unscale(self, scaler: Any) -> tuple[float, bool]:
+        """Divide gradients by a ``GradScaler``'s factor; returns it, and whether they overflow."""
+        if scaler is None:
+            return 1.0, False
+        scale = float(scaler.get_scale())
+        scaler.unscale_(self)
+        overflow = checks.not_finite(None, self.params) is not None
+        flag = torch.tensor(float(overflow), device=self.device)
+        return scale, float(self.average([flag])[0]) > 0
+
+    def _check_loss(
+        self, loss: Tensor | None, culprit: str | Callable[[], str | None] | None = None
+    ) -> None:
+        """Refuse a loss or gradients that are not finite, on all ranks together.
+
+        ``culprit`` may name the layer where it began; a function is called only in that case.
+        """
         bad = checks.not_finite(loss, self.params)
         flag = torch.tensor(float(bad is not None), device=self.device)
         if float(self.average([flag])[0]) == 0:
             return
-        where = culprit or bad or "another rank"
+        where = bad or "another rank"
+        if "parameters" not in where:
+            where = (culprit() if callable(culprit) else culprit) or where
         what = "gradient" if loss is None or checks.finite(loss) else "loss"
         raise NonFiniteError(
             f"{self.method} did not take step {self.steps + 1}: the {what} is NaN or infinite; "
@@ -156,6 +198,25 @@ class CurvatureOptimizer(Inspection, torch.optim.Optimizer):
                 f"No parameter has a gradient after the closure, so {self.method} cannot take a "
                 "step: call loss.backward() in the closure (or before step())."
             )
+
+    def _gradient(self, layer: Layer) -> Tensor:
+        """``[gradient of W, of b]`` with weight decay added, in the layer's matrix view."""
+        parts = []
+        for p in (layer.weight, layer.bias):
+            if p is None or p.grad is None:
+                parts.append(None if p is None else torch.zeros_like(p, dtype=self.factor_dtype))
+                continue
+            decay = self.group_of(p).get("weight_decay", 0.0)
+            gradient = p.grad.to(self.factor_dtype)
+            parts.append(gradient.add(p, alpha=decay) if decay else gradient)
+        assert parts[0] is not None
+        return layer.matrix(parts[0], parts[1])
+
+    def _move(self, layer: Layer, update: Tensor) -> None:
+        """``W <- W - lr update`` for an update in the layer's matrix view."""
+        for p, part in zip((layer.weight, layer.bias), layer.split(update)):
+            if p is not None and part is not None:
+                p.sub_((self.group_of(p)["lr"] * part).to(p.dtype))
 
     @torch.no_grad()
     def _fallback_step(self, names: Iterable[str]) -> None:

@@ -70,7 +70,7 @@ def non_negative(name: str, value: Any, *, positive: bool = False, below: float 
         raise OptionError(f"{name}={value!r} must be a finite number that is {kind}{limit}.")
 
 
-def check_group(group: Mapping[str, Any], method: str) -> None:
+def check_group(group: Mapping[str, Any]) -> None:
     """Check the options that all methods have."""
     non_negative("lr", group["lr"])
     non_negative("weight_decay", group.get("weight_decay", 0.0))

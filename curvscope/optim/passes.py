@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -129,6 +128,43 @@ def replaying(
         buffers.restore()
 
 
-def is_finite(loss: Tensor) -> bool:
-    """Whether the loss is a finite number."""
-    return math.isfinite(float(loss.detach()))
+@contextmanager
+def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Random states and buffers are put back afterwards."""
+    now, buffers = RandomState(device), Buffers(model)
+    try:
+        yield
+    finally:
+        now.restore()
+        buffers.restore()
+
+
+def run_batch(
+    model: nn.Module,
+    batch: Any,
+    device: torch.device,
+    forward: Callable[[nn.Module, Any], Any] | None,
+) -> Any:
+    """The model's outputs for a batch: ``forward(model, batch)``, or of the batch's first entry."""
+    batch = to_device(batch, device)
+    if forward is not None:
+        return forward(model, batch)
+    inputs = batch[0] if isinstance(batch, list | tuple) else batch
+    if not isinstance(inputs, Tensor):
+        raise OptionError(
+            f"Do not know how to call the model on a batch of {type(batch).__name__}: pass "
+            "forward=lambda model, batch: ..."
+        )
+    return model(inputs)
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Move the tensors in nested containers."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {k: to_device(v, device) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        moved = [to_device(v, device) for v in value]
+        return type(value)(*moved) if hasattr(value, "_fields") else type(value)(moved)
+    return value

@@ -73,12 +73,13 @@ class LayerCall:
         s = _batched(self.layer.module, s)
         return _stack(self.call.kind.output_rows(self.call, s, _EVERY_ROW, s.shape[0]), dtype)
 
-    def output_mean(self, s: Tensor, dtype: torch.dtype) -> Tensor:
-        """``[groups, out]``: mean over samples and positions of a tensor of the outputs' shape."""
-        s = _batched(self.layer.module, s)
+    def output_sum(self, s: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
+        """``[groups, out]`` and R: the sum of a tensor of the outputs' shape over its rows."""
+        s = _batched(self.layer.module, s.detach())
         axis = 1 if isinstance(self.layer.module, CONVOLUTIONS) else s.ndim - 1
         others = [d for d in range(s.ndim) if d != axis]
-        return s.mean(others, dtype=dtype).reshape(self.layer.groups, -1)
+        rows = s.numel() // max(s.shape[axis], 1)
+        return s.sum(others, dtype=dtype).reshape(self.layer.groups, -1), rows
 
     def on_gradient(self, receive: Callable[[LayerCall, Tensor], None]) -> None:
         """Call ``receive(call, gradient in the output)`` when a backward pass gets here."""
@@ -97,7 +98,8 @@ class LayerTap:
     methods are held weakly, so a tap does not keep its optimizer alive. Nothing is seen while
     :attr:`active` is false, without gradients, and while checkpointed segments are computed again.
     With :attr:`probing`, layers whose output has no graph (because no parameter requires a
-    gradient) start one there. ``close()`` removes the hooks; so does the end of the tap itself.
+    gradient) start one there; with :attr:`forward_only`, passes without gradients are seen as well.
+    ``close()`` removes the hooks; so does the end of the tap itself.
     Copies of the model carry no live hook.
     """
 
@@ -110,6 +112,7 @@ class LayerTap:
     ) -> None:
         self.active = False
         self.probing = False
+        self.forward_only = False
         self.pass_index = 0
         self._samples: int | None = None
         self._receive, self._outputs = _weak(receive), _weak(outputs)
@@ -131,14 +134,14 @@ class LayerTap:
     __del__ = close
 
     @contextmanager
-    def watching(self, *, probing: bool = False) -> Iterator[None]:
+    def watching(self, *, probing: bool = False, forward_only: bool = False) -> Iterator[None]:
         """Active for the length of a block."""
-        before = self.active, self.probing
-        self.active, self.probing = True, probing
+        before = self.active, self.probing, self.forward_only
+        self.active, self.probing, self.forward_only = True, probing, forward_only
         try:
             yield
         finally:
-            self.active, self.probing = before
+            self.active, self.probing, self.forward_only = before
             self._samples = None
 
     def begin(self, layer: None, args: Any, kwargs: Any) -> None:
@@ -160,7 +163,7 @@ class LayerTap:
         if not isinstance(x, Tensor) or not isinstance(output, Tensor):
             return None
         replacement = None
-        if not output.requires_grad:
+        if not output.requires_grad and not self.forward_only:
             if not self.probing:
                 return None
             output = output.detach().requires_grad_()
@@ -188,7 +191,9 @@ class _Hook:
 
     def __call__(self, module: nn.Module, *args: Any) -> Any:
         tap = self.tap()
-        if tap is None or not tap.active or not torch.is_grad_enabled():
+        if tap is None or not tap.active:
+            return None
+        if not torch.is_grad_enabled() and not tap.forward_only:
             return None
         return getattr(tap, self.event)(self.layer, *args)
 

@@ -1,0 +1,182 @@
+"""BFGS on the inverse of a factor: damping, updates, and the limited-memory form.
+
+Vectors have shape ``[groups, n]`` and matrices ``[groups, n, n]``; groups are those of a grouped
+convolution (one otherwise) and are updated side by side. All decisions are taken by masks
+``[groups, 1]``, without a look at the numbers, so that nothing waits for a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import SingularError
+
+SKIP = 1e-4  # an update is skipped if s^T y <= SKIP * s^T s * ||gradient||
+
+
+class Pair(NamedTuple):
+    """A pair of vectors to be learned from, and what was done to it."""
+
+    s: Tensor
+    y: Tensor
+    damped_on_inverse: Tensor  # [groups, 1], bool
+    damped_on_identity: Tensor
+    before: Tensor  # s^T y / s^T s as it came, [groups, 1]
+    after: Tensor
+
+
+def dot(x: Tensor, y: Tensor) -> Tensor:
+    """Inner products ``[groups, 1]``."""
+    return (x * y).sum(-1, keepdim=True)
+
+
+def times(H: Tensor, x: Tensor) -> Tensor:
+    """``H x`` for vectors ``[groups, n]``."""
+    return (H @ x.unsqueeze(-1)).squeeze(-1)
+
+
+def damp_on_inverse(s: Tensor, y: Tensor, Hy: Tensor, mu: float = 0.2) -> tuple[Tensor, Tensor]:
+    """Powell's damping on H: returns ``s`` with ``s^T y >= mu y^T H y``, and where it fired.
+
+    ``theta = (1 - mu) y^T H y / (y^T H y - s^T y)``, ``s <- theta s + (1 - theta) H y``.
+    """
+    sy, yHy = dot(s, y), dot(y, Hy)
+    fires = (sy <= mu * yHy) & (yHy > 0)
+    theta = (1 - mu) * yHy / (yHy - sy)
+    return torch.where(fires, theta * s + (1 - theta) * Hy, s), fires
+
+
+def damp_on_identity(s: Tensor, y: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Powell's damping with ``B = I``: ``y`` with ``s^T y >= eps s^T s``, and where it fired.
+
+    ``theta = (1 - eps) s^T s / (s^T s - s^T y)``, ``y <- theta y + (1 - theta) s``. From
+    ``eps = 1`` on no such mixture exists; then the missing multiple of ``s`` is added to ``y``.
+    """
+    sy, ss = dot(s, y), dot(s, s)
+    fires = (sy <= eps * ss) & (ss > 0)
+    if eps < 1:
+        theta = (1 - eps) * ss / (ss - sy)
+        mixed = theta * y + (1 - theta) * s
+    else:
+        mixed = y + (eps - sy / ss) * s
+    return torch.where(fires, mixed, y), fires
+
+
+def double_damping(s: Tensor, y: Tensor, Hy: Tensor, eps: float) -> Pair:
+    """Both dampings, one after the other (Goldfarb, Ren, Bahamou 2020, algorithm 2)."""
+    before = dot(s, y) / dot(s, s)
+    s, on_inverse = damp_on_inverse(s, y, Hy)
+    y, on_identity = damp_on_identity(s, y, eps)
+    return Pair(s, y, on_inverse, on_identity, before, dot(s, y) / dot(s, s))
+
+
+def acceptable(s: Tensor, y: Tensor, norm: Tensor) -> Tensor:
+    """Whether a pair may be learned from, ``[groups, 1]``: ``s^T y > max(0, SKIP s^T s norm)``.
+
+    NaN and infinity anywhere in the pair make it unacceptable.
+    """
+    sy, ss = dot(s, y), dot(s, s)
+    finite = torch.isfinite(sy) & torch.isfinite(dot(y, y)) & torch.isfinite(norm)
+    return finite & (sy > 0) & (sy > SKIP * ss * norm)
+
+
+def bfgs_update(H: Tensor, s: Tensor, y: Tensor, norm: Tensor) -> Tensor:
+    """The BFGS update of ``H``, in place; returns where it was done.
+
+    ``H <- H + (rho^2 y^T H y + rho) s s^T - rho (s (Hy)^T + (Hy) s^T)``, ``rho = 1 / s^T y``, which
+    is ``H + s u^T + u s^T`` with ``u = (rho^2 y^T H y + rho) / 2 s - rho Hy``: exactly symmetric.
+    Skipped (a group stays as it is) unless :func:`acceptable` and finite. Cost: O(n^2).
+    """
+    Hy = times(H, y)
+    rho = 1 / dot(s, y)
+    u = (rho * rho * dot(y, Hy) + rho) / 2 * s - rho * Hy
+    size = s.abs().amax(-1, keepdim=True) * u.abs().amax(-1, keepdim=True)
+    accepted = acceptable(s, y, norm) & torch.isfinite(size)
+    s, u = torch.where(accepted, s, 0), torch.where(accepted, u, 0)
+    product = s.unsqueeze(-1) * u.unsqueeze(-2)
+    H += product + product.mT
+    return accepted
+
+
+def hessian_action(H: Tensor, A: Tensor, eps: float, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """The pair ``s = H a``, ``y = (A + eps I) s`` of "Hessian-action BFGS" (section 3.2)."""
+    s = times(H, mean)
+    return s, times(A, s) + eps * s
+
+
+def symmetric_inverse(matrix: Tensor, shift: float, what: str = "The factor") -> Tensor:
+    """``(matrix + shift I)^-1`` by Cholesky, exactly symmetric.
+
+    Raises ``SingularError`` if the sum is not positive definite to working precision.
+    """
+    shifted = matrix.clone()
+    shifted.diagonal(dim1=-2, dim2=-1).add_(shift)
+    triangle, failed = torch.linalg.cholesky_ex(shifted)
+    inverse = torch.cholesky_inverse(triangle)
+    if bool(failed.any()) or not bool(torch.isfinite(inverse).all()):
+        raise SingularError(
+            f"{what} with {shift:.3g} on its diagonal is not positive definite to working "
+            "precision; raise damping."
+        )
+    return (inverse + inverse.mT) / 2
+
+
+# -- limited memory -------------------------------------------------------------------------------
+
+
+class Memory(NamedTuple):
+    """The last pairs, the newest last: ``S``, ``Y`` ``[groups, m, n]``, ``filled`` ``[groups, 1]``.
+
+    Slots in front that are not filled yet hold zeros.
+    """
+
+    S: Tensor
+    Y: Tensor
+    filled: Tensor
+
+    @classmethod
+    def empty(cls, m: int, like: Tensor) -> Memory:
+        """Room for ``m`` pairs of vectors like ``like`` ``[groups, n]``."""
+        slots = like.new_zeros(like.shape[0], m, like.shape[1])
+        filled = torch.zeros(like.shape[0], 1, dtype=torch.long, device=like.device)
+        return cls(slots, slots.clone(), filled)
+
+
+def remember(memory: Memory, s: Tensor, y: Tensor, norm: Tensor) -> tuple[Memory, Tensor]:
+    """Append a pair, dropping the oldest; returns the memory and where that was done."""
+    accepted = acceptable(s, y, norm)
+    mask = accepted.unsqueeze(-1)
+    S, Y = (
+        torch.where(mask, torch.cat([slots[:, 1:], new.unsqueeze(1)], 1), slots)
+        for slots, new in ((memory.S, s), (memory.Y, y))
+    )
+    filled = (memory.filled + accepted).clamp(max=S.shape[1])
+    return Memory(S, Y, filled), accepted
+
+
+def compact_times(memory: Memory, V: Tensor) -> Tensor:
+    """``H V`` for ``V`` ``[groups, n, k]`` with the L-BFGS matrix ``H`` of initial matrix I.
+
+    The compact form of Byrd, Nocedal and Schnabel (1994, theorem 2.2): with ``S``, ``Y`` in
+    columns, ``R`` the upper triangle of ``S^T Y`` and ``D`` its diagonal,
+    ``H = I + S R^-T (D + Y^T Y) R^-1 S^T - S R^-T Y^T - Y R^-1 S^T``.
+    The small systems are solved in float64. Cost: O(m n k).
+    """
+    used = int(memory.filled.max())
+    if used == 0:
+        return V.clone()
+    S, Y = memory.S[:, -used:], memory.Y[:, -used:]
+    S64, Y64 = S.double(), Y.double()
+    SY, YY = S64 @ Y64.mT, Y64 @ Y64.mT
+    R = SY.triu()
+    D = SY.diagonal(dim1=-2, dim2=-1).clone()
+    # an empty slot's row and column are zero; a one on the diagonal makes it count for nothing
+    slot = torch.arange(used, device=V.device)
+    R.diagonal(dim1=-2, dim2=-1).add_((slot < used - memory.filled).to(R))
+    SV, YV = (S @ V).double(), (Y @ V).double()
+    q = torch.linalg.solve_triangular(R, SV, upper=True)
+    p = torch.linalg.solve_triangular(R.mT, D.unsqueeze(-1) * q + YY @ q - YV, upper=False)
+    return V + S.mT @ p.to(V.dtype) - Y.mT @ q.to(V.dtype)

@@ -1,0 +1,149 @@
+"""What K-BFGS keeps of one layer, and the parts of its step that concern one layer only.
+
+The state of a layer with ``groups``, ``out`` and ``in`` (the 1 of a bias included) is a dictionary
+of ``A``, ``H_a`` ``[groups, in, in]``, the momentum ``M`` ``[groups, out, in]``, the smoothed pair
+``s``, ``y`` ``[groups, out]``, and ``H_g`` ``[groups, out, out]`` or the memory ``S``, ``Y``,
+``filled``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .bfgs import (
+    Memory,
+    bfgs_update,
+    compact_times,
+    double_damping,
+    hessian_action,
+    remember,
+    symmetric_inverse,
+    times,
+)
+from .layer import Layer
+
+State = dict[str, Any]
+COUNTS = (
+    "updates",
+    "skipped",
+    "damped_on_inverse",
+    "damped_on_identity",
+    "skipped_input",
+    "not_finite",
+)
+
+
+def begin(state: State, layer: Layer, memory: int | None, eps: float) -> None:
+    """Everything that the state consists of besides ``A``, which is there already."""
+    A = state["A"]
+    groups, out, inp = layer.view.shape
+    state["M"] = A.new_zeros(groups, out, inp)
+    state["H_a"] = symmetric_inverse(A, eps, f"The factor A of layer {layer.block!r}")
+    state["s"], state["y"] = A.new_zeros(groups, out), A.new_zeros(groups, out)
+    if memory is None:
+        state["H_g"] = torch.eye(out, dtype=A.dtype, device=A.device).repeat(groups, 1, 1)
+    else:
+        state.update(Memory.empty(memory, state["s"])._asdict())
+    state["counts"] = torch.zeros(len(COUNTS), dtype=torch.long, device=A.device)
+
+
+def direction(state: State) -> Tensor:
+    """Step 3: ``H_g M H_a`` ``[groups, out, in]``."""
+    half = state["M"] @ state["H_a"]
+    if "H_g" in state:
+        return state["H_g"] @ half
+    return compact_times(_memory(state), half)
+
+
+def learn_pair(
+    state: State, s_new: Tensor, y_new: Tensor, norm: Tensor, eps: float, smoothing: float
+) -> dict[str, Tensor]:
+    """Steps 4 to 6: smooth the pair, damp it twice, update ``H_g`` or the memory.
+
+    ``norm`` ``[groups, 1]`` is the length of the mean gradient in the outputs.
+    """
+    state["s"].lerp_(s_new, 1 - smoothing)
+    state["y"].lerp_(y_new, 1 - smoothing)
+    s, y = state["s"], state["y"]  # stay undamped
+    if "H_g" in state:
+        pair = double_damping(s, y, times(state["H_g"], y), eps)
+        done = bfgs_update(state["H_g"], pair.s, pair.y, norm)
+    else:
+        memory = _memory(state)
+        Hy = compact_times(memory, y.unsqueeze(-1)).squeeze(-1)
+        pair = double_damping(s, y, Hy, eps)
+        memory, done = remember(memory, pair.s, pair.y, norm)
+        state.update(memory._asdict())
+    return {"done": done, **pair._asdict()}
+
+
+def learn_input(state: State, mean: Tensor, eps: float) -> dict[str, Tensor]:
+    """Step 7, "Hessian-action BFGS": update ``H_a`` with ``s = H_a a``, ``y = (A + eps I) s``."""
+    s, y = hessian_action(state["H_a"], state["A"], eps, mean)
+    done = bfgs_update(state["H_a"], s, y, mean.norm(dim=-1, keepdim=True))
+    return {"input_done": done, "input_s": s, "input_y": y}
+
+
+def count(state: State, last: dict[str, Tensor]) -> None:
+    """Add to the counts of :data:`COUNTS` what the last step did."""
+    events = (
+        last["done"],
+        ~last["done"],
+        last["damped_on_inverse"],
+        last["damped_on_identity"],
+        ~last["input_done"],
+    )
+    state["counts"][: len(events)] += torch.stack([event.sum() for event in events])
+
+
+def output_inverse(state: State) -> Tensor:
+    """``H_g`` ``[groups, out, out]``, exactly symmetric."""
+    if "H_g" in state:
+        return state["H_g"]
+    memory = _memory(state)
+    groups, _, out = memory.S.shape
+    one = torch.eye(out, dtype=memory.S.dtype, device=memory.S.device).repeat(groups, 1, 1)
+    H = compact_times(memory, one)
+    return (H + H.mT) / 2
+
+
+def diagnose(state: State, last: dict[str, Tensor], eigenvalues: bool) -> dict[str, Any]:
+    """The numbers of ``diagnostics()``; of several groups the worst one's.
+
+    A count says how often since the beginning; ratios, residuals and the angle are the last step's.
+    """
+    found: dict[str, Any] = dict(zip(COUNTS, state["counts"].tolist(), strict=True))
+    if "s" in last:
+        found["sy_ss_before"] = float(last["before"].amin())
+        found["sy_ss_after"] = float(last["after"].amin())
+        H_g = output_inverse(state)
+        found["secant_residual"] = _residual(H_g, last["s"], last["y"], last["done"])
+        found["secant_residual_input"] = _residual(
+            state["H_a"], last["input_s"], last["input_y"], last["input_done"]
+        )
+    if "cosine" in last:
+        found["angle"] = math.degrees(math.acos(min(1.0, max(-1.0, float(last["cosine"])))))
+        found["update_norm"] = float(last["update_norm"])
+    if eigenvalues:
+        condition = 1.0
+        for name, H in (("H_g", output_inverse(state)), ("H_a", state["H_a"])):
+            values = torch.linalg.eigvalsh(H.double())
+            low, high = float(values.amin()), float(values.amax())
+            found[f"{name}_min"], found[f"{name}_max"] = low, high
+            condition *= high / low if low > 0 else math.inf
+        found["condition"] = condition
+    return found
+
+
+def _memory(state: State) -> Memory:
+    return Memory(state["S"], state["Y"], state["filled"])
+
+
+def _residual(H: Tensor, s: Tensor, y: Tensor, done: Tensor) -> float | None:
+    """``||H y - s||`` of the last pair, where it was learned."""
+    gaps = (times(H, y) - s).norm(dim=-1, keepdim=True)[done]
+    return float(gaps.amax()) if gaps.numel() else None

@@ -1,0 +1,83 @@
+"""What a step needs to know of a layer: moments of its inputs, means of outputs and gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .tap import LayerCall
+
+
+@dataclass
+class InputMoments:
+    """Sums over the input rows ``a`` (a 1 appended where there is a bias) of some passes.
+
+    ``second`` ``[g, i, i]`` is ``sum a a^T``, ``first`` ``[g, i]`` is ``sum a``.
+    """
+
+    second: Tensor | None = None
+    first: Tensor | None = None
+    rows: int = 0
+    samples: int = 0
+    _passes: set[int] = field(default_factory=set)
+
+    def add(self, call: LayerCall, dtype: torch.dtype) -> None:
+        """Count one use of the layer; uses in the same pass see the same samples."""
+        a = call.input_rows(dtype)
+        first, second = a.sum(1), a.mT @ a
+        if call.layer.bias is not None:
+            count = first.new_full((*first.shape[:-1], 1), a.shape[1])
+            first, inner = torch.cat([first, count], -1), second
+            size = first.shape[-1]
+            second = first.new_empty(*first.shape[:-1], size, size)
+            second[..., :-1, :-1] = inner
+            second[..., -1, :] = first
+            second[..., :, -1] = first
+        self.second = second if self.second is None else self.second + second
+        self.first = first if self.first is None else self.first + first
+        self.rows += a.shape[1]
+        if call.pass_index not in self._passes:
+            self._passes.add(call.pass_index)
+            self.samples += call.samples
+
+    def moment(self) -> Tensor:
+        """``E_n[sum_t a a^T]``: over samples the mean, over positions the sum."""
+        assert self.second is not None
+        return self.second / self.samples
+
+    def mean(self) -> Tensor:
+        """The mean over samples and positions."""
+        assert self.first is not None
+        return self.first / self.rows
+
+
+@dataclass
+class OutputMeans:
+    """Sums over the output rows ``z`` and over the gradients in them."""
+
+    outputs: Tensor | None = None
+    gradients: Tensor | None = None
+    rows: int = 0
+
+    def add_outputs(self, call: LayerCall, dtype: torch.dtype) -> None:
+        """Count the outputs of one use; to be called before anything changes them in place."""
+        total, rows = call.output_sum(call.outputs, dtype)
+        self.outputs = total if self.outputs is None else self.outputs + total
+        self.rows += rows
+
+    def add_gradients(self, call: LayerCall, gradient: Tensor, dtype: torch.dtype) -> None:
+        """Count the gradient of the returned loss in one use's outputs."""
+        total, _ = call.output_sum(gradient, dtype)
+        self.gradients = total if self.gradients is None else self.gradients + total
+
+    def means(self, samples: int, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        """``mean z`` and ``mean g``, with ``g`` the gradient of a sample's own loss.
+
+        The returned loss is regarded as the mean over the samples of their own losses, so ``g`` is
+        ``samples`` times its gradient; ``scale`` is by how much a GradScaler enlarged it.
+        """
+        assert self.outputs is not None
+        gradients = torch.zeros_like(self.outputs) if self.gradients is None else self.gradients
+        return self.outputs / self.rows, gradients * (samples / (self.rows * scale))
