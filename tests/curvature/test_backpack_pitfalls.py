@@ -78,7 +78,7 @@ def problem_of(setting: Setting, **options: Any) -> cs.Problem:
     return cs.Problem(setting.model, setting.loss, (setting.x, setting.y), **options)
 
 
-# -- settings that BackPACK takes and gets wrong, and that are refused ------------------------------
+# -- settings that BackPACK takes and gets wrong, and that are refused ----------------------------
 
 
 def tied() -> Setting:
@@ -124,7 +124,7 @@ WRONG = (
     Wrong("ignored targets", ignored, 0.1, "1 targets equal ignore_index=-100"),
     Wrong("class probabilities", soft, 0.1, "class probabilities"),
     Wrong("folded samples", folded, 0.3, r"outputs \[\d+, 3\].*first"),
-    Wrong("a hook that doubles", hooked, 0.1, "hooks on '0'"),
+    Wrong("a hook that doubles", hooked, 0.01, "hooks on '0'"),
     Wrong(
         "circular padding",
         lambda: image(nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular")),
@@ -140,7 +140,7 @@ WRONG = (
     Wrong(
         "divisor of an average-pool",
         lambda: image(nn.AvgPool2d(2, divisor_override=3)),
-        0.01,
+        5e-3,
         r"layer '2' \(AvgPool2d\).*divisor_override=3",
     ),
 )
@@ -168,11 +168,9 @@ def test_silently_wrong_and_refused(case: Wrong) -> None:
     if case.build is folded:
         value = flat(raw(backpack.extensions.DiagGGNExact(), "diag_ggn_exact", setting))
         error = relative(value, truth_of_folded(setting))
-    elif case.build is tied:  # BackPACK leaves the shared weight's quantity once
-        error = ggn_error(setting)
     else:
         error = ggn_error(setting)
-    assert error > case.at_least
+    assert error > case.at_least, error
     problem = problem_of(setting)
     for extension in ("DiagGGNExact", "SqrtGGNExact", "DiagHessian", "BatchDiagGGNExact"):
         with pytest.raises(BackpackError, match=case.message) as caught:
@@ -200,13 +198,12 @@ def test_first_order_is_refused_only_where_it_is_wrong(case: Wrong) -> None:
             cs.backpack.batch_grad(problem_of(setting))
 
 
-# -- corrected ---------------------------------------------------------------------------------------
+# -- corrected ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("padding", ["same"])
-def test_same_padding_is_wrong_and_corrected(padding: str) -> None:
+def test_same_padding_is_wrong_and_corrected() -> None:
     torch.manual_seed(0)
-    setting = image(nn.Conv2d(2, 2, 3, padding=padding))
+    setting = image(nn.Conv2d(2, 2, 3, padding="same"), size=5)
     pieces = (setting.model, setting.total, setting.x, setting.y, wrt(setting))
     truth = sample_gradients(*pieces)
     rows = raw(backpack.extensions.BatchGrad(), "grad_batch", setting)
@@ -275,7 +272,7 @@ def test_overflowing_formulas() -> None:
         cs.backpack.diag_hessian(problem_of(setting))
 
 
-# -- Kronecker factors of convolutions ---------------------------------------------------------------
+# -- Kronecker factors of convolutions ------------------------------------------------------------
 
 
 def cnn(positions: int) -> Setting:

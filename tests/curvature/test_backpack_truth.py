@@ -100,8 +100,12 @@ def value_of(problem: cs.Problem, extension: str) -> Tensor:
     return result.values
 
 
-@pytest.mark.parametrize("extension", ALL)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+PAIRS = [(case, extension) for case in CASES for extension in case.extensions()]
+
+
+@pytest.mark.parametrize(
+    ("case", "extension"), PAIRS, ids=lambda value: getattr(value, "name", value)
+)
 def test_equals_dense_truth_or_is_refused(case: Case, extension: str) -> None:
     setting, truth = setting_and_truth(case)
     problem = problem_of(setting, blocks="all")

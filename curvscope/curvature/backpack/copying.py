@@ -190,7 +190,7 @@ def same_padding(module: Any) -> tuple[int, ...] | None:
     return None if any(t % 2 for t in total) else tuple(t // 2 for t in total)
 
 
-def is_plain(module: nn.Module, known: set[type]) -> bool:
+def is_plain(module: nn.Module, known: frozenset[type]) -> bool:
     """Nothing but stock Sequentials around layers of ``known`` types."""
     if type(module) in known:
         return True
@@ -214,7 +214,7 @@ def _unshare(module: nn.Module) -> None:
 
 
 def refuse_unknown(
-    model: nn.Module, known: set[type], spec: Spec, parameters: dict[str, nn.Parameter]
+    model: nn.Module, known: frozenset[type], spec: Spec, parameters: dict[str, nn.Parameter]
 ) -> None:
     """Name the first layer that BackPACK cannot know, whatever surrounds it."""
     for name, module in model.named_modules():
@@ -235,7 +235,7 @@ def refuse_unknown(
             )
 
 
-def _converted(module: nn.Module, known: set[type], spec: Spec) -> nn.Module:
+def _converted(module: nn.Module, known: frozenset[type], spec: Spec) -> nn.Module:
     """The model as BackPACK's converter rewrites it, every operation a layer."""
     from backpack.custom_module.branching import SumModule
     from backpack.custom_module.graph_utils import convert_module_to_backpack

@@ -119,9 +119,10 @@ def layer_rules(extension: Any) -> dict[type, Any]:
     return rules
 
 
-def supported_types(spec: Spec) -> set[type]:
+@functools.cache
+def supported_types(spec: Spec) -> frozenset[type]:
     """Layer types that the extension knows; it looks them up by exact type."""
-    return set(layer_rules(getattr(library().extensions, spec.name)()))
+    return frozenset(layer_rules(getattr(library().extensions, spec.name)()))
 
 
 def _positive_residual(
