@@ -15,7 +15,7 @@ from ..curvature.recording import Recording, graph_uses
 from ..errors import CurvscopeError
 from ..memory import format_bytes
 from ..problem import Problem
-from ..problem.losses import root_cotangents
+from ..problem.cotangents import root_cotangents
 
 _OUTPUTS = 256  # outputs per sample up to which the curvature of an unknown loss is looked at
 _TRIAL_BYTES = 10**9  # what BackPACK may take to be tried

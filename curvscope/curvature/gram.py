@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..operators import Operator
 from ..problem import Problem, Snapshot
-from ..problem.losses import root_cotangents, sampled_cotangents, scaled_terms
+from ..problem.cotangents import root_cotangents, sampled_cotangents, scaled_terms
 from ..progress import track
 from .accumulate import GramAccumulator
 from .plan import BlockPlan, broken, plan_blocks

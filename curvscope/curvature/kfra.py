@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import UnsupportedLayerError, UnsupportedLossError
 from ..operators import BlockDiagonalOperator, KroneckerOperator, Operator
 from ..problem import Problem
-from ..problem.losses import root_cotangents
+from ..problem.cotangents import root_cotangents
 from ..progress import track
 from .gram import plans_for, record_batch
 from .kronecker import FactorRun, assemble, collect_factors, kronecker_info, prepared

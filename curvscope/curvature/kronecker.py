@@ -66,10 +66,10 @@ def kronecker_reason(plan: BlockPlan, recording: Recording) -> str | None:
         return f"{other.kind.name} has no input and output factors"
     first = calls[0]
     for call in calls:
-        if (call.weight, call.bias) != (first.weight, first.bias) and not (
-            call.weight is first.weight and call.bias is first.bias
-        ):
+        if call.weight is not first.weight:
             return "the block spans several layers"
+        if call.bias is not first.bias:
+            return "its weight is shared by layers with different biases"
     mine = {id(p) for p in plan.parameters}
     if not mine <= {id(p) for p in (first.weight, first.bias) if p is not None}:
         return "the block spans several layers"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedLossError
 from ..problem import Problem
-from ..problem.losses import output_hessian_product, sampled_cotangents, scaled_terms
+from ..problem.cotangents import output_hessian_product, sampled_cotangents, scaled_terms
 
 HESSIAN, GGN, FISHER, EMPIRICAL = "hessian", "ggn", "fisher", "empirical_fisher"
 

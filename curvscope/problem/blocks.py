@@ -86,7 +86,7 @@ def make_blocks(
         return {key: tuple(members) for key, members in result.items()}
     if not isinstance(blocks, Mapping):
         raise OptionError(
-            "blocks= is 'layer', 'parameter', 'all', or a mapping from block names to parameter names."
+            "blocks= is 'layer', 'parameter', 'all', or a mapping from block names to parameters."
         )
     owner: dict[str, str] = {}
     for key, entries in blocks.items():
@@ -112,6 +112,6 @@ def make_blocks(
     missing = [n for n in names if n not in owner]
     if missing:
         raise OptionError(
-            f"The parameters {missing} belong to no block: add them, or leave them out with params=."
+            f"The parameters {missing} belong to no block: add them, or leave them out by params=."
         )
     return {key: tuple(members) for key, members in result.items()}

@@ -70,8 +70,8 @@ class Batches:
             self.items = list(data)
         elif hasattr(data, "__next__"):
             raise DataError(
-                "The data are an iterator, which can be read only once, but curvature needs several "
-                f"passes: give list(data) instead. {_FORMS}"
+                "The data are an iterator, which can be read only once, but curvature needs "
+                f"several passes: give list(data) instead. {_FORMS}"
             )
         elif hasattr(data, "__iter__"):
             self.loader = data

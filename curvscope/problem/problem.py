@@ -12,11 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import (
-    BatchNormError,
     DataError,
     ModelError,
-    NonDeterministicError,
-    NonFiniteError,
     OptionError,
     TargetError,
     UnsupportedLossError,
@@ -24,9 +21,10 @@ from ..errors import (
     nearest,
 )
 from ..operators.base import Layout
-from . import state
+from . import checks, state
 from .blocks import make_blocks, select_parameters
-from .data import Batches, leaves, move, sample_count, select
+from .checks import Facts
+from .data import Batches, move, sample_count, select
 from .recognise import Reduction, recognise
 
 
@@ -36,16 +34,6 @@ class Snapshot:
 
     parameters: list[Tensor]
     buffers: list[Tensor]
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What one pass over the data says: sizes and the objective."""
-
-    samples: int
-    terms: float
-    batches: int
-    total: float
 
 
 class Problem:
@@ -123,7 +111,7 @@ class Problem:
         self._facts: Facts | None = None
         chosen = select_parameters(model, params)
         if batchnorm == "batch":
-            _refuse_dropout(model)
+            checks.no_active_dropout(model)
         first = next(iter(chosen.values()))
         self.device = torch.device(device) if device is not None else first.device
         self.dtype = dtype or first.dtype
@@ -267,12 +255,12 @@ class Problem:
         Raises ``NonFiniteError`` (naming the first parameter or layer with NaN or infinity),
         ``TargetError``, ``DataError``, ``NonDeterministicError``.
         """
+        checks.finite_parameters(self.model)
         if self._facts is not None:
             return self._facts
-        self._check_finite_parameters()
         first = self._pass(seed=0)
         if not self._unchecked:
-            self._check_repeats(first)
+            checks.repeatable(first, self._pass(seed=1), self.dtype, self.batchnorm)
         if first.terms <= 0:
             raise DataError(
                 "The data have no term: all targets are ignored or have weight zero, so the mean "
@@ -280,15 +268,6 @@ class Problem:
             )
         self._facts = first
         return first
-
-    def _check_finite_parameters(self) -> None:
-        for name, parameter in self.model.named_parameters():
-            if not bool(torch.isfinite(parameter).all()):
-                bad = int((~torch.isfinite(parameter)).sum())
-                raise NonFiniteError(
-                    f"Parameter {name!r} has {bad} entries that are NaN or infinite. Restore a "
-                    "checkpoint from before they appeared."
-                )
 
     def _pass(self, seed: int) -> Facts:
         samples, terms, count, total = 0, 0.0, 0, 0.0
@@ -300,9 +279,9 @@ class Problem:
                 self.loss.check(outputs, targets)
                 value = self.batch_total(outputs, targets)
                 if not bool(torch.isfinite(value)):
-                    self._blame(inputs, count, float(value))
-                if count == 0:
-                    self._check_callable(inputs, targets, value)
+                    checks.blame(self, inputs, count, float(value))
+                if count == 0 and not self._unchecked:
+                    checks.additive(self, inputs, targets, value)
                 samples += sample_count(inputs, targets)
                 terms += self.loss.count(outputs, targets)
                 total += float(value)
@@ -325,83 +304,6 @@ class Problem:
                 "the mean or the sum, and say which with reduction=."
             )
         return value.reshape(())
-
-    def _check_callable(self, inputs: Any, targets: Any, whole: Tensor) -> None:
-        """A plain callable must be a sum, or a mean over its count, of terms."""
-        samples = sample_count(inputs, targets)
-        if self.loss.likelihood is not None or samples < 2 or self._unchecked:
-            return
-        if self.batchnorm == "batch":
-            return
-        parts = (torch.arange(0, samples // 3 or 1), torch.arange(samples // 3 or 1, samples))
-        value = torch.zeros((), dtype=torch.float64)
-        for part in parts:
-            chosen = select(inputs, part, samples), select(targets, part, samples)
-            outputs = self.outputs(chosen[0])
-            value = value + self.batch_total(outputs, chosen[1]).double().cpu()
-        scale = max(abs(float(whole)), abs(float(value)), 1e-30)
-        if abs(float(value) - float(whole)) > 1e3 * torch.finfo(self.dtype).eps ** 0.75 * scale:
-            raise UnsupportedLossError(
-                f"The loss {self.loss.name!r} with reduction={self.loss.reduction!r} is not "
-                "additive over samples: two parts of a batch give "
-                f"{float(value):.8g} in sum, the whole {float(whole):.8g}. If its mean runs over "
-                "something else than samples (tokens, pixels, targets not ignored), give "
-                "reduction=lambda outputs, targets: <that number>; a loss that couples samples "
-                "cannot be normalised over batches."
-            )
-
-    def _check_repeats(self, first: Facts) -> None:
-        second = self._pass(seed=1)
-        if (second.samples, second.terms) != (first.samples, first.terms):
-            raise NonDeterministicError(
-                f"Two passes over the data gave {first.samples} and {second.samples} samples "
-                f"({first.terms:g} and {second.terms:g} terms). Use a DataLoader that gives every "
-                "sample in every pass (no random sampler, no drop_last with shuffling), or list(loader)."
-            )
-        scale = max(abs(first.total), abs(second.total), 1e-30)
-        tolerance = 50 * torch.finfo(self.dtype).eps * max(1.0, first.samples**0.5)
-        if abs(first.total - second.total) > tolerance * scale:
-            raise NonDeterministicError(
-                f"Two evaluations of the loss gave {first.total:.9g} and {second.total:.9g}. "
-                "Either the data change from pass to pass (random augmentation: use list(loader)), "
-                "or the model draws random numbers under eval() (functional dropout without "
-                "training=self.training, noise layers: switch it off)"
-                + (
-                    ', or, under batchnorm="batch", the loader shuffles samples between batches.'
-                    if self.batchnorm == "batch"
-                    else "."
-                )
-            )
-
-    def _blame(self, inputs: Any, batch: int, value: float) -> None:
-        """Raise ``NonFiniteError`` naming the first module whose output is not finite."""
-        if any(not bool(torch.isfinite(x).all()) for x in leaves(inputs) if x.is_floating_point()):
-            raise NonFiniteError(f"The inputs of batch {batch} contain NaN or infinity.")
-        found: list[str] = []
-        handles = []
-        for name, module in self.model.named_modules():
-            if next(module.children(), None) is not None:
-                continue
-
-            def hook(_m: Any, _i: Any, out: Any, name: str = name) -> None:
-                bad = any(
-                    not bool(torch.isfinite(x).all()) for x in leaves(out) if x.is_floating_point()
-                )
-                if bad and not found:
-                    found.append(name or "(root)")
-
-            handles.append(module.register_forward_hook(hook))
-        try:
-            self.outputs(inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
-        where = (
-            f"The first layer with a NaN or infinite output is {found[0]!r}."
-            if found
-            else "All layers are finite, so the loss itself overflows or gets invalid targets."
-        )
-        raise NonFiniteError(f"The loss of batch {batch} is {value}. {where}")
 
     @property
     def n_samples(self) -> int:
@@ -436,7 +338,7 @@ class Problem:
     # -- more ------------------------------------------------------------------------------------
 
     def subset(self, n: int, seed: int = 0) -> Problem:
-        """The same problem on ``n`` samples drawn without replacement, in as many batches as hold them.
+        """The same problem on ``n`` samples drawn without replacement, in their batches.
 
         Raises ``OptionError`` unless ``1 <= n <= n_samples``.
         """
@@ -514,15 +416,3 @@ def _add(left: Any, right: Any) -> Any:
     if isinstance(left, tuple):
         return tuple(_add(a, b) for a, b in zip(left, right, strict=True))
     return left + right
-
-
-def _refuse_dropout(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        rate = getattr(module, "p", 0.0) if isinstance(module, nn.modules.dropout._DropoutNd) else 0
-        if not rate and isinstance(module, nn.MultiheadAttention | nn.RNNBase):
-            rate = module.dropout
-        if rate and module.training:
-            raise BatchNormError(
-                f'batchnorm="batch" with active dropout is not defined: layer {name!r} drops with '
-                f'p={rate}. Switch it off (module.eval() or p=0), or use batchnorm="eval".'
-            )

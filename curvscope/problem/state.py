@@ -65,7 +65,8 @@ def module_state(model: nn.Module) -> Iterator[None]:
                     current.update(entries)
         with torch.no_grad():
             for buffer, version, value in buffers:
-                if buffer._version != version:
+                # BatchNorm updates its statistics without a new version
+                if buffer._version != version or not torch.equal(buffer, value):
                     buffer.copy_(value)
         for parameter, gradient in gradients:
             if parameter.grad is not gradient:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ...errors import BackpackError
 from ...problem import Problem
+from ...problem.cotangents import output_hessian_product
 from ...problem.data import select
-from ...problem.losses import output_hessian_product
 from .table import Spec
 
 

@@ -1,0 +1,130 @@
+"""What is checked of a problem before anything is computed: finite, additive, repeatable."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import BatchNormError, NonDeterministicError, NonFiniteError, UnsupportedLossError
+from .data import leaves, sample_count, select
+
+if TYPE_CHECKING:
+    from .problem import Problem
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What one pass over the data says: sizes and the objective."""
+
+    samples: int
+    terms: float
+    batches: int
+    total: float
+
+
+def finite_parameters(model: nn.Module) -> None:
+    """Raise ``NonFiniteError`` naming the first parameter with NaN or infinity."""
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            bad = int((~torch.isfinite(parameter)).sum())
+            raise NonFiniteError(
+                f"Parameter {name!r} has {bad} entries that are NaN or infinite. Restore a "
+                "checkpoint from before they appeared."
+            )
+
+
+def additive(problem: Problem, inputs: Any, targets: Any, whole: Tensor) -> None:
+    """A plain callable must be a sum, or a mean over its count, of terms."""
+    samples = sample_count(inputs, targets)
+    if problem.loss.likelihood is not None or samples < 2:
+        return
+    if problem.batchnorm == "batch":
+        return
+    parts = (torch.arange(0, samples // 3 or 1), torch.arange(samples // 3 or 1, samples))
+    value = torch.zeros((), dtype=torch.float64)
+    for part in parts:
+        chosen = select(inputs, part, samples), select(targets, part, samples)
+        outputs = problem.outputs(chosen[0])
+        value = value + problem.batch_total(outputs, chosen[1]).double().cpu()
+    scale = max(abs(float(whole)), abs(float(value)), 1e-30)
+    if abs(float(value) - float(whole)) > 1e3 * torch.finfo(problem.dtype).eps ** 0.75 * scale:
+        raise UnsupportedLossError(
+            f"The loss {problem.loss.name!r} with reduction={problem.loss.reduction!r} is not "
+            "additive over samples: two parts of a batch give "
+            f"{float(value):.8g} in sum, the whole {float(whole):.8g}. If its mean runs over "
+            "something else than samples (tokens, pixels, targets not ignored), give "
+            "reduction=lambda outputs, targets: <that number>; a loss that couples samples "
+            "cannot be normalised over batches."
+        )
+
+
+def repeatable(first: Facts, second: Facts, dtype: torch.dtype, batchnorm: str) -> None:
+    """Raise ``NonDeterministicError`` where two passes over the data differ."""
+    if (second.samples, second.terms) != (first.samples, first.terms):
+        raise NonDeterministicError(
+            f"Two passes over the data gave {first.samples} and {second.samples} samples "
+            f"({first.terms:g} and {second.terms:g} terms). Use a DataLoader that gives every "
+            "sample in every pass (no random sampler, no drop_last with shuffling), or "
+            "list(loader)."
+        )
+    scale = max(abs(first.total), abs(second.total), 1e-30)
+    tolerance = 50 * torch.finfo(dtype).eps * max(1.0, first.samples**0.5)
+    if abs(first.total - second.total) > tolerance * scale:
+        raise NonDeterministicError(
+            f"Two evaluations of the loss gave {first.total:.9g} and {second.total:.9g}. "
+            "Either the data change from pass to pass (random augmentation: use list(loader)), "
+            "or the model draws random numbers under eval() (functional dropout without "
+            "training=self.training, noise layers: switch it off)"
+            + (
+                ', or, under batchnorm="batch", the loader shuffles samples between batches.'
+                if batchnorm == "batch"
+                else "."
+            )
+        )
+
+
+def blame(problem: Problem, inputs: Any, batch: int, value: float) -> None:
+    """Raise ``NonFiniteError`` naming the first module whose output is not finite."""
+    if any(not bool(torch.isfinite(x).all()) for x in leaves(inputs) if x.is_floating_point()):
+        raise NonFiniteError(f"The inputs of batch {batch} contain NaN or infinity.")
+    found: list[str] = []
+    handles = []
+    for name, module in problem.model.named_modules():
+        if next(module.children(), None) is not None:
+            continue
+
+        def hook(_m: Any, _i: Any, out: Any, name: str = name) -> None:
+            bad = any(
+                not bool(torch.isfinite(x).all()) for x in leaves(out) if x.is_floating_point()
+            )
+            if bad and not found:
+                found.append(name or "(root)")
+
+        handles.append(module.register_forward_hook(hook))
+    try:
+        problem.outputs(inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    where = (
+        f"The first layer with a NaN or infinite output is {found[0]!r}."
+        if found
+        else "All layers are finite, so the loss itself overflows or gets invalid targets."
+    )
+    raise NonFiniteError(f"The loss of batch {batch} is {value}. {where}")
+
+
+def no_active_dropout(model: nn.Module) -> None:
+    """Raise ``BatchNormError`` where a layer would drop units in train mode."""
+    for name, module in model.named_modules():
+        rate = getattr(module, "p", 0.0) if isinstance(module, nn.modules.dropout._DropoutNd) else 0
+        if not rate and isinstance(module, nn.MultiheadAttention | nn.RNNBase):
+            rate = module.dropout
+        if rate and module.training:
+            raise BatchNormError(
+                f'batchnorm="batch" with active dropout is not defined: layer {name!r} drops with '
+                f'p={rate}. Switch it off (module.eval() or p=0), or use batchnorm="eval".'
+            )

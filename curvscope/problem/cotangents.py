@@ -1,0 +1,116 @@
+"""Cotangents of the outputs: what is sent backwards to get Gauss-Newton and Fisher matrices.
+
+A cotangent is a tensor of the outputs' shape. One backward pass turns it into a gradient in the
+parameters for every sample at once; the outer products of these gradients are the matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .losses import Loss
+
+
+def output_hessian_product(loss: Loss, outputs: Tensor, targets: Any, vectors: Tensor) -> Tensor:
+    """``(d^2 total / dz^2) vectors`` for a tensor of the outputs' shape, by autograd."""
+    z = outputs.detach().requires_grad_()
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(loss.total(z, targets), z, create_graph=True)
+    if gradient.grad_fn is None and not gradient.requires_grad:
+        return torch.zeros_like(vectors)
+    (product,) = torch.autograd.grad(gradient, z, vectors, allow_unused=True)
+    return torch.zeros_like(vectors) if product is None else product
+
+
+def root_cotangents(
+    loss: Loss, outputs: Tensor, targets: Any, samples: int
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Yield ``(u, sign)``: cotangents of the outputs' shape whose outer products, sample by
+    sample, sum to the Hessian of the sample's loss in its outputs.
+
+    ``sign`` is ``None`` for a positive semi-definite loss, else ``[N]`` in {-1, 0, 1}. The number
+    of pairs is (terms per sample) x (outputs per term); for losses without closed form the
+    Hessian per sample comes from autograd and its roots from an eigen-decomposition.
+    """
+    z = outputs.detach()
+    if loss.likelihood is None:
+        yield from _generic_roots(loss, z, targets, samples)
+        return
+    terms = loss.terms(z, samples)
+    root = loss.weights(z, targets, samples).clamp_min(0).sqrt()
+    # [N, T, C, R], scaled by sqrt(c_m)
+    columns = loss.term_roots(terms) * root[..., None, None]
+    for t in range(terms.shape[1]):
+        for r in range(columns.shape[-1]):
+            u = torch.zeros_like(terms)
+            u[:, t] = columns[:, t, :, r]
+            yield loss.unterms(u, z), None
+
+
+def _generic_roots(
+    loss: Loss, z: Tensor, targets: Any, samples: int
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    flat = z.reshape(samples, -1)
+    size = flat.shape[1]
+    columns = []
+    for j in range(size):
+        unit = torch.zeros_like(flat)
+        unit[:, j] = 1.0
+        product = output_hessian_product(loss, z, targets, unit.reshape(z.shape))
+        columns.append(product.reshape(samples, size))
+    hessians = torch.stack(columns, -1)
+    values, vectors = torch.linalg.eigh((hessians + hessians.mT) / 2)
+    tiny = values.abs().amax(-1, keepdim=True) * torch.finfo(z.dtype).eps * size
+    signs = torch.where(values.abs() > tiny, values.sign(), torch.zeros_like(values))
+    roots = vectors * values.abs().sqrt().unsqueeze(-2)
+    for j in range(size):
+        if bool(signs[:, j].any()):
+            yield roots[:, :, j].reshape(z.shape), signs[:, j]
+
+
+def sampled_cotangents(
+    loss: Loss, outputs: Tensor, targets: Any, samples: int, generator: torch.Generator
+) -> Tensor:
+    """Gradient of ``-log p(y)`` in the outputs at one drawn label per term, times ``sqrt(c_m)``."""
+    z = outputs.detach()
+    terms = loss.terms(z, samples)
+    scores = loss.term_scores(terms, generator)
+    root = loss.weights(z, targets, samples).clamp_min(0).sqrt()
+    return loss.unterms(scores * root.unsqueeze(-1), z)
+
+
+def observed_cotangents(loss: Loss, outputs: Tensor, targets: Any, samples: int) -> Tensor:
+    """Gradient of each term at the observed label, scaled by ``1/sqrt(c_m)``.
+
+    With this scaling a class of weight 2 gives the empirical Fisher of duplicated samples.
+    """
+    z = outputs.detach().requires_grad_()
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(loss.total(z, targets), z)
+    if loss.likelihood is None:
+        return gradient
+    c = loss.weights(z.detach(), targets, samples)
+    scale = torch.where(c > 0, c.clamp_min(torch.finfo(c.dtype).tiny).rsqrt(), torch.zeros_like(c))
+    return loss.unterms(loss.terms(gradient, samples) * scale.unsqueeze(-1), z)
+
+
+def scaled_terms(loss: Loss, outputs: Tensor, targets: Any, samples: int, per: str) -> list[Tensor]:
+    """Cotangents whose outer products, sample by sample, make up the empirical Fisher.
+
+    ``per="sample"``: one, with all terms of a sample together; ``per="term"``: one for every
+    position of a term in its sample, zero elsewhere.
+    """
+    whole = observed_cotangents(loss, outputs, targets, samples)
+    if per == "sample":
+        return [whole]
+    terms = loss.terms(whole, samples)
+    parts = []
+    for t in range(terms.shape[1]):
+        u = torch.zeros_like(terms)
+        u[:, t] = terms[:, t]
+        parts.append(loss.unterms(u, whole))
+    return parts
