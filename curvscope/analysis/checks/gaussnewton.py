@@ -118,7 +118,7 @@ def fisher_samples(case: Case) -> Outcome:
         return not_applicable(problem.loss.no_likelihood("Its Fisher"))
     if problem.batchnorm == "batch":
         return not_applicable(_BATCH)
-    v, seeds = case.direction(3), 24
+    v, seeds = case.direction(3), 16
     exact = float(v @ (fisher(problem) @ v))
     drawn = torch.tensor(
         [
@@ -135,7 +135,7 @@ def fisher_samples(case: Case) -> Outcome:
         f"The mean of {4 * seeds} sampled Fisher matrices lies {number(score, 2)} standard errors "
         "from the exact one along a random direction."
     )
-    return judged(score, 5.0, sentence, advice=_REPORT)
+    return judged(score, 6.0, sentence, advice=_REPORT)
 
 
 @register("empirical Fisher by sample", about=CURVSCOPE, decides=("empirical Fisher",))

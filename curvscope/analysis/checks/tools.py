@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from ...problem import Problem
 from .. import truth
+from ..batches import merge
+from ..labels import own_loss
 from ..result import listing, number
 from .base import FAILED, OTHERS, PASSED, Outcome, register
 from .case import Case, relative
@@ -23,7 +25,10 @@ _NORMS = (nn.LayerNorm, nn.modules.instancenorm._InstanceNorm)
 
 
 class Shim(nn.Module):
-    """A private problem as a module whose output is the objective, for ``functional_call``."""
+    """A private problem as a module whose output is the objective, for ``functional_call``.
+
+    On one batch it is the user's own loss with its own reduction, as the user would write it.
+    """
 
     def __init__(self, problem: Problem) -> None:
         super().__init__()
@@ -33,6 +38,9 @@ class Shim(nn.Module):
 
     def forward(self) -> Tensor:
         problem = self._problem[0]
+        if len(self._batches) == 1:
+            inputs, targets = self._batches[0]
+            return own_loss(problem.user_loss, problem.outputs(inputs), targets)
         total: Any = 0.0
         for inputs, targets in self._batches:
             total = total + problem.batch_total(problem.outputs(inputs), targets)
@@ -43,9 +51,11 @@ class Shim(nn.Module):
 
 
 def private_problem(case: Case) -> Problem:
-    """``few`` on a deep copy of the model."""
+    """``few`` as one batch on a deep copy of the model."""
     few = case.few
-    return few.with_data(truth.materialised(few), model=copy.deepcopy(few.model))
+    batches = truth.materialised(few)
+    batch = merge(batches)
+    return few.with_data(batches if batch is None else [batch], model=copy.deepcopy(few.model))
 
 
 def functional_product(
