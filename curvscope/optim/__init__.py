@@ -7,17 +7,24 @@ from typing import TYPE_CHECKING, Any
 
 # class -> module; resolved on first use
 _CLASSES = {
+    "AdaFisher": "adafisher",
+    "AdaFisherW": "adafisher",
+    "AdaHessian": "adahessian",
     "CurvatureOptimizer": "base",
     "KBFGS": "kbfgs",
     "KFAC": "kfac",
+    "MFAC": "mfac",
 }
 
 if TYPE_CHECKING:
+    from .adafisher import AdaFisher, AdaFisherW
+    from .adahessian import AdaHessian
     from .base import CurvatureOptimizer
     from .kbfgs import KBFGS
     from .kfac import KFAC
+    from .mfac import MFAC
 
-__all__ = ["KBFGS", "KFAC", "CurvatureOptimizer"]
+__all__ = ["KBFGS", "KFAC", "MFAC", "AdaFisher", "AdaFisherW", "AdaHessian", "CurvatureOptimizer"]
 
 
 def __getattr__(name: str) -> Any:
