@@ -70,6 +70,14 @@ def non_negative(name: str, value: Any, *, positive: bool = False, below: float 
         raise OptionError(f"{name}={value!r} must be a finite number that is {kind}{limit}.")
 
 
+def whole_number(name: str, value: Any) -> int:
+    """``value`` as an ``int``; refused unless it is a whole number from 1 on."""
+    number = isinstance(value, int) and not isinstance(value, bool)
+    if not number or value < 1:
+        raise OptionError(f"{name}={value!r} must be a whole number, 1 or more.")
+    return int(value)
+
+
 def check_group(group: Mapping[str, Any]) -> None:
     """Check the options that all methods have."""
     non_negative("lr", group["lr"])
@@ -147,17 +155,22 @@ def not_finite(loss: Tensor | None, params: Mapping[str, nn.Parameter]) -> str |
     """Where NaN or infinity is: a layer's gradient or parameters, or the loss; else ``None``."""
     loss_is_fine = loss is None or finite(loss)
     gradients = {n: p.grad for n, p in params.items() if p.grad is not None}
+    bad = None
     if loss_is_fine:
-        if not gradients:
-            return None
         dense = [g.coalesce().values() if g.is_sparse else g for g in gradients.values()]
-        norms = torch.stack([n.float() for n in torch._foreach_norm(dense, math.inf)])
-        if bool(torch.isfinite(norms).all()):
+        # norms are the fastest test; one that overflows calls for the slow one
+        if not dense or all(math.isfinite(n) for n in torch.stack(_norms(dense)).tolist()):
+            return None
+        bad = next((n for n, g in zip(gradients, dense) if not finite(g)), None)
+        if bad is None:
             return None
     for name, p in params.items():
         if not finite(p):
             return f"the parameters of layer {layer_of(name)!r} ({name})"
-    if not loss_is_fine:
+    if bad is None:
         return "the loss"
-    bad = next(n for n, g in gradients.items() if not finite(g))
     return f"the gradient of layer {layer_of(bad)!r} ({bad})"
+
+
+def _norms(tensors: list[Tensor]) -> list[Tensor]:
+    return [norm.float() for norm in torch._foreach_norm(tensors)]
