@@ -5,7 +5,6 @@ If a new BackPACK mends one of these, the test fails and the refusal can go.
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 import curvscope as cs
 from curvscope.errors import BackpackError
-from tests.curvature.backpack_cases import (
+from tests.curvature.backpack_models import (
     N,
     Setting,
     classify,
@@ -29,6 +28,7 @@ from tests.curvature.backpack_cases import (
     randn,
     weighted,
 )
+from tests.curvature.backpack_raw import raw
 from tests.curvature.backpack_truth import (
     Total,
     dense_ggn,
@@ -37,27 +37,6 @@ from tests.curvature.backpack_truth import (
     relative,
     sample_gradients,
 )
-
-
-def raw(extension: Any, field: str, setting: Setting, loss: nn.Module | None = None) -> list[Any]:
-    """BackPACK as its documentation says, on a copy, with a loss that sums."""
-    model = backpack.extend(copy.deepcopy(setting.model))
-    loss = backpack.extend(loss or nn.CrossEntropyLoss(reduction="sum"))
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with backpack.backpack(extension):
-                loss(model(setting.x), setting.y).backward()
-            found = [getattr(p, field) for p in model.parameters()]
-            if callable(found[0]):
-                eyes = [torch.eye(p.numel()).reshape(-1, *p.shape) for p in model.parameters()]
-                found = [f(e).flatten(1).T.detach() for f, e in zip(found, eyes, strict=True)]
-    finally:
-        torch.set_default_dtype(before)
-        backpack.context.CTX.remove_hooks()
-    return found
 
 
 def flat(parts: list[Tensor]) -> Tensor:
@@ -270,68 +249,6 @@ def test_overflowing_formulas() -> None:
     assert torch.isnan(wrong).any()
     with pytest.raises(BackpackError, match=r"'0\.weight' is NaN"):
         cs.backpack.diag_hessian(problem_of(setting))
-
-
-# -- Kronecker factors of convolutions ------------------------------------------------------------
-
-
-def cnn(positions: int) -> Setting:
-    """One convolution with ``positions``^2 outputs per channel, then their mean."""
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        *(nn.Conv2d(1, 2, 3, padding=1), nn.ReLU(), nn.AvgPool2d(positions)),
-        *(nn.Flatten(), nn.Linear(2, 3)),
-    )
-    return classify(model, randn(N, 1, positions, positions))
-
-
-def conv_trace_ratio(setting: Setting, extension: str) -> float:
-    factors = raw(getattr(backpack.extensions, extension)(), extension.lower(), setting)[0]
-    pieces = (setting.model, setting.total, setting.x, setting.y, [setting.model[0].weight])
-    return float(factors[0].trace() * factors[1].trace() / dense_ggn(*pieces).trace())
-
-
-@pytest.mark.parametrize("extension", ["KFLR", "KFRA"])
-def test_conv_factors_grow_with_the_number_of_positions(extension: str) -> None:
-    ratios = [conv_trace_ratio(cnn(size), extension) for size in (2, 4)]
-    assert ratios[1] > 8.0  # T = 16
-    assert ratios[1] > 2.5 * ratios[0]  # T = 4
-    problem = problem_of(cnn(4))
-    block = cs.ggn(problem).blocks["0"].restrict(["0.weight"]).trace()
-    assert 0.2 < cs.kflr(problem).blocks["0"].restrict(["0.weight"]).trace() / block < 2.0
-
-
-@pytest.mark.parametrize("extension", ["KFAC", "KFLR", "KFRA"])
-def test_conv_factors_are_refused_or_named(extension: str) -> None:
-    setting = cnn(4)
-    problem = problem_of(setting)
-    with pytest.raises(BackpackError, match=r"layer '0' \(Conv2d\).*unscaled=True") as caught:
-        cs.backpack.compute(problem, extension)
-    assert f"cs.{extension.lower()}(problem" in str(caught.value)
-    op = cs.backpack.compute(problem, extension, unscaled=True)
-    assert op.info.what == f"{extension} (BackPACK, unscaled)"
-    assert any("too large" in note for note in op.info.notes)
-    if extension != "KFAC":
-        factors = raw(getattr(backpack.extensions, extension)(), extension.lower(), setting)
-        for name, found in zip(problem.layout.names, factors, strict=True):
-            expected = torch.kron(*found) if len(found) == 2 else found[0]
-            block = op.blocks[name.rpartition(".")[0]].restrict([name])
-            assert relative(N * block.dense(), expected.detach()) < 1e-10
-    # nothing is unscaled in a problem without convolution weights
-    linear = problem_of(setting, params=["4", "0.bias"])
-    named = cs.backpack.compute(linear, extension, unscaled=True)
-    assert named.info.what == f"{extension} (BackPACK)"
-
-
-def test_transposed_convolution_weights_are_laid_out_right() -> None:
-    """One input pixel: T = 1, so that KFLR's factors are exact up to the sample average."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.ConvTranspose2d(3, 2, 1), nn.Flatten())
-    setting = classify(model, randn(1, 3, 1, 1))
-    problem = problem_of(setting, params=["0.weight"])
-    pieces = (setting.model, setting.total, setting.x, setting.y, [model[0].weight])
-    op = cs.backpack.kflr(problem, unscaled=True)
-    assert relative(op.dense(), dense_ggn(*pieces)) < 1e-10
 
 
 def test_class_weights_are_refused_by_name() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import curvscope as cs
-from tests.curvature.backpack_cases import (
+from tests.curvature.backpack_models import (
     N,
     Residual,
     Setting,
@@ -173,3 +173,18 @@ def test_batches_draw_independently() -> None:
 def ordered_inputs(problem: cs.Problem) -> Tensor:
     with problem.session():
         return torch.cat([inputs for inputs, _ in problem.batches()])
+
+
+@pytest.mark.gpu
+def test_on_a_gpu() -> None:
+    torch.manual_seed(1)
+    setting = classify(small(), randn(N, 2))
+    here = cs.Problem(setting.model, setting.loss, (setting.x, setting.y))
+    there = cs.Problem(setting.model, setting.loss, (setting.x, setting.y), device="cuda")
+    before = torch.cuda.get_rng_state()
+    for case in SAMPLED:
+        exact = case.exact(there)
+        assert exact.is_cuda and torch.allclose(exact.cpu(), case.exact(here), atol=1e-10)
+        assert torch.equal(case.draw(there, 3, 7), case.draw(there, 3, 7))
+        assert not torch.equal(case.draw(there, 3, 7), case.draw(there, 3, 8))
+    assert torch.equal(torch.cuda.get_rng_state(), before)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import curvscope as cs
 from curvscope.errors import BackpackError
-from tests.curvature.backpack_cases import N, Residual, classify, image, mlp, randn
+from tests.curvature.backpack_models import N, Residual, classify, image, mlp, randn
 
 
 def frozen_value(value: Any) -> Any:
@@ -131,6 +131,7 @@ def test_failure_at_a_later_batch_leaves_no_trace() -> None:
     assert surroundings() == around
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 def test_a_model_that_the_user_has_extended() -> None:
     """Also inside the user's own BackPACK contexts."""
     torch.manual_seed(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,19 +11,8 @@ from torch import Tensor, nn
 
 import curvscope as cs
 from curvscope.errors import BackpackError
-from tests.curvature.backpack_cases import (
-    ALL,
-    CASES,
-    HESSIAN,
-    Case,
-    N,
-    Setting,
-    classify,
-    cross_entropy,
-    mlp,
-    randn,
-    regress,
-)
+from tests.curvature.backpack_cases import ALL, CASES, HESSIAN, Case
+from tests.curvature.backpack_models import N, Setting, classify, cross_entropy, mlp, randn, regress
 from tests.curvature.backpack_truth import (
     kflr_blocks,
     kfra_blocks,
@@ -196,21 +186,25 @@ def test_parameters_left_out_stay_out() -> None:
     assert relative(cs.backpack.batch_grad(problem).values, truth["BatchGrad"][:, rows]) < 1e-10
 
 
-def linear_chain(act: nn.Module) -> Setting:
+def linear_chain(act: nn.Module, make: Callable[..., Setting] = classify) -> Setting:
     torch.manual_seed(3)
-    return classify(mlp(act), randn(N, 3))
+    return make(mlp(act), randn(N, 3))
 
 
+@pytest.mark.parametrize("make", [classify, regress], ids=lambda make: make.__name__)
 @pytest.mark.parametrize("act", [nn.Tanh(), nn.ReLU(), nn.Dropout()], ids=str)
 @pytest.mark.parametrize("extension", ["KFLR", "KFRA"])
-def test_kronecker_factors_of_linear_layers(extension: str, act: nn.Module) -> None:
-    setting = linear_chain(act)
+def test_kronecker_factors_of_linear_layers(
+    extension: str, act: nn.Module, make: Callable[..., Setting]
+) -> None:
+    setting = linear_chain(act, make)
     blocks = {"KFLR": kflr_blocks, "KFRA": kfra_blocks}[extension]
     truth = blocks(setting.model, setting.total, setting.x, setting.y)
-    op = cs.backpack.compute(problem_of(setting, (1, 3)), extension)
+    problem = problem_of(setting, (1, 3))
+    op = cs.backpack.compute(problem, extension)
     assert op.info.what == f"{extension} (BackPACK)" and not op.info.exact
     for name, (G, A) in truth.items():
-        expected = torch.block_diag(torch.kron(G, A), G) / N
+        expected = problem.scale * torch.block_diag(torch.kron(G, A), G)
         assert relative(op.blocks[name].dense(), expected) < 1e-10
 
 
