@@ -74,7 +74,8 @@ class KroneckerOperator(Operator):
         dense = self._G.new_zeros(self.shape)
         for g in range(groups):
             rows = slice(g * out * inp, (g + 1) * out * inp)
-            dense[rows, rows] = torch.kron(self._G[g], self._A[g])
+            # torch.kron fails on factors of different memory layouts
+            dense[rows, rows] = torch.kron(self._G[g].contiguous(), self._A[g].contiguous())
         return self.view.dense_from_matrix(dense)
 
     def diagonal(self) -> Tensor:
