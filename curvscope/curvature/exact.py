@@ -15,6 +15,11 @@ def _make(problem: Problem, kind: Kind, route: str) -> WholeOperator:
     check_option("route", route, _ROUTES)
     if not isinstance(problem, Problem):
         raise OptionError(f"A Problem is needed, not {type(problem).__name__}.")
+    if route == "backpack" and (kind.matrix == EMPIRICAL or kind.samples is not None):
+        raise OptionError(
+            f"route='backpack' gives the exact matrix only, not the {kind.title}; use route='auto', "
+            "or cs.backpack.batch_grad and cs.backpack.sqrt_ggn(mc=...)."
+        )
     problem.check()
     at = problem.snapshot()
     if kind.needs_samples:

@@ -47,7 +47,7 @@ def additive(problem: Problem, inputs: Any, targets: Any, whole: Tensor) -> None
     value = torch.zeros((), dtype=torch.float64)
     for part in parts:
         chosen = select(inputs, part, samples), select(targets, part, samples)
-        outputs = problem.outputs(chosen[0])
+        outputs = problem.outputs(chosen[0]).detach()
         value = value + problem.batch_total(outputs, chosen[1]).double().cpu()
     scale = max(abs(float(whole)), abs(float(value)), 1e-30)
     if abs(float(value) - float(whole)) > 1e3 * torch.finfo(problem.dtype).eps ** 0.75 * scale:
