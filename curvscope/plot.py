@@ -1,0 +1,84 @@
+"""Pictures of results and matrices with matplotlib: every function takes axes and returns them.
+
+:func:`plot` picks the picture by the type of what it is given, which is what ``result.plot()``
+calls; the functions beside it draw one kind of picture each. They need no display, change no
+setting of matplotlib, and import it only when they are called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from .errors import OptionError, check_option
+from .operators import Operator
+from .plotting.bars import plot_comparison, plot_cost
+from .plotting.coverage import plot_coverage
+from .plotting.discs import plot_fourier, plot_gershgorin, plot_scree
+from .plotting.matrices import plot_blocks, plot_factors, plot_matrix
+from .plotting.shares import plot_bands, plot_diagonal_shares
+from .plotting.spectra import plot_histogram, plot_spectra
+from .plotting.style import style
+
+__all__ = [
+    "plot",
+    "plot_bands",
+    "plot_blocks",
+    "plot_comparison",
+    "plot_cost",
+    "plot_coverage",
+    "plot_diagonal_shares",
+    "plot_factors",
+    "plot_fourier",
+    "plot_gershgorin",
+    "plot_histogram",
+    "plot_matrix",
+    "plot_scree",
+    "plot_spectra",
+    "style",
+]
+
+# Type of the result -> kinds of pictures, the first being the default.
+_KINDS: dict[str, dict[str, Callable[..., Any]]] = {
+    "Comparison": {"bars": plot_comparison},
+    "Spectrum": {"rank": plot_spectra, "histogram": plot_histogram},
+    "Concentration": {
+        "discs": plot_gershgorin,
+        "diagonal": plot_diagonal_shares,
+        "bands": plot_bands,
+        "scree": plot_scree,
+        "fourier": plot_fourier,
+    },
+    "Coverage": {"matrix": plot_coverage},
+}
+
+
+def plot(result: Any, *, kind: str | None = None, **options: Any) -> Any:
+    """Draw a result or an operator; returns the matplotlib axes.
+
+    ``kind`` chooses among the pictures of a type: ``"rank"`` or ``"histogram"`` of a Spectrum;
+    ``"discs"``, ``"diagonal"``, ``"bands"``, ``"scree"`` or ``"fourier"`` of a Concentration (by
+    default discs, and ``"diagonal"`` for an operator with blocks); ``"matrix"`` or ``"factors"`` of
+    an Operator. ``options`` go to the function that draws; all of them take ``ax=`` (those with
+    several panels ``axes=``).
+
+    Raises ``OptionError`` for what has no picture.
+    """
+    name = type(result).__name__
+    if isinstance(result, Operator):
+        kinds: dict[str, Callable[..., Any]] = {"matrix": plot_matrix, "factors": plot_factors}
+        if kind is None and getattr(result, "factors", None):
+            kind = "factors"
+    elif name in _KINDS:
+        kinds = _KINDS[name]
+        if name == "Spectrum" and result.blocks and kind in (None, "rank"):
+            return plot_spectra(dict(result.blocks), **options)
+        if name == "Concentration" and kind is None and result.blocks:
+            kind = "diagonal"
+    else:
+        raise OptionError(
+            f"There is no picture for {name}. Operators and {', '.join(_KINDS)} have one."
+        )
+    chosen = next(iter(kinds)) if kind is None else kind
+    check_option("kind", chosen, kinds)
+    return kinds[chosen](result, **options)

@@ -1,0 +1,1 @@
+"""The pictures behind :mod:`curvscope.plot`, one module per kind of result."""

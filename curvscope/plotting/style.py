@@ -1,0 +1,160 @@
+"""One look for all figures, as a context; nothing outside it changes."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+INK = "#1c2126"
+"""Text, axes, and the exact matrix that everything else is compared with."""
+GRID = "#d4d9de"
+PAPER = "#ffffff"
+MUTED = "#77818b"
+
+# Okabe and Ito's colours, which remain apart for colour-blind readers, without the yellow that
+# does not show on white. Line styles change with them, so that print in black and white works.
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#a6761d")
+NEGATIVE = "#d55e00"
+DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5)), (0, (3, 1, 1, 1, 1, 1)))
+SIGNED_MAP = "RdBu_r"
+SIZE_MAP = "viridis"
+
+RC: Mapping[str, Any] = {
+    "figure.facecolor": PAPER,
+    "figure.dpi": 110,
+    "savefig.facecolor": PAPER,
+    "savefig.dpi": 150,
+    "font.family": ["DejaVu Sans"],
+    "font.size": 9.0,
+    "axes.titlesize": 10.0,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 9.0,
+    "axes.facecolor": PAPER,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.linewidth": 0.7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": False,
+    "axes.axisbelow": True,
+    "axes.unicode_minus": True,
+    "text.color": INK,
+    "text.usetex": False,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.labelsize": 8.0,
+    "ytick.labelsize": 8.0,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "legend.fontsize": 8.0,
+    "legend.frameon": False,
+    "legend.borderaxespad": 0.2,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 3.5,
+    "lines.solid_capstyle": "round",
+    "patch.linewidth": 0.6,
+    "image.interpolation": "nearest",
+    "svg.fonttype": "none",
+    "svg.hashsalt": "curvscope",
+    "path.simplify": True,
+}
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Inside, matplotlib draws in this package's style; the user's settings come back after."""
+    import matplotlib
+
+    with matplotlib.rc_context(dict(RC)):
+        yield
+
+
+def styled(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Run a plotting function inside :func:`style`."""
+
+    @functools.wraps(function)
+    def inside(*args: _P.args, **keywords: _P.kwargs) -> _T:
+        with style():
+            return function(*args, **keywords)
+
+    return inside
+
+
+def axes_for(ax: Axes | None, *, width: float = 6.0, height: float = 3.4) -> Axes:
+    """``ax`` itself, or the axes of a new figure of that size in inches."""
+    if ax is not None:
+        return ax
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(figsize=(width, height), layout="constrained")[1]
+
+
+def axes_row(axes: Sequence[Axes] | None, count: int, *, side: float = 2.6) -> list[Axes]:
+    """``axes`` as a list of ``count``, or new ones beside each other."""
+    if axes is not None:
+        given = list(axes)
+        if len(given) < count:
+            from ..errors import OptionError
+
+            raise OptionError(f"axes= holds {len(given)} axes; this figure needs {count}.")
+        return given[:count]
+    import matplotlib.pyplot as plt
+
+    size = (side * count + 0.8, side + 0.5)
+    figure, made = plt.subplots(1, count, figsize=size, layout="constrained", squeeze=False)
+    return list(made[0])
+
+
+def colours(names: Sequence[str], *, exact: int = 1) -> dict[str, str]:
+    """A colour per name: ink for the first ``exact`` ones, then the palette in turn."""
+    rest = names[exact:]
+    found = dict.fromkeys(names[:exact], INK)
+    return found | {name: PALETTE[k % len(PALETTE)] for k, name in enumerate(rest)}
+
+
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def power_of_ten(value: float) -> str:
+    """``0.001`` -> ``"10⁻³"``, ``0.002`` -> ``"2·10⁻³"``; plain between 0.01 and 1,000."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    if 0.01 <= abs(value) <= 1000:
+        return f"{value:g}".replace("-", "−")
+    exponent = math.floor(math.log10(abs(value)) + 1e-9)
+    mantissa = value / 10.0**exponent
+    power = "10" + str(exponent).translate(_SUPERSCRIPT)
+    sign = "−" if mantissa < 0 else ""
+    if abs(abs(mantissa) - 1) < 1e-6:
+        return sign + power
+    return f"{sign}{abs(mantissa):.3g}·{power}"
+
+
+def log_axis(axis: Any, *, minor: bool = True, most: int = 8) -> None:
+    """Plain-text powers of ten on a logarithmic axis, not too many of them."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+    axis.set_major_locator(LogLocator(base=10, numticks=most))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: power_of_ten(value)))
+    if not minor:
+        axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())
+
+
+def short(name: str, most: int = 28) -> str:
+    """A name that fits on an axis: long ones lose their middle."""
+    if len(name) <= most:
+        return name
+    head = (most - 1) // 2
+    return f"{name[:head]}…{name[-(most - 1 - head) :]}"

@@ -1,0 +1,1 @@
+"""Everything about one Problem in one page: see :func:`make_report`."""

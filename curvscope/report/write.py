@@ -1,0 +1,156 @@
+"""Writing a folder so that nothing half-written is ever seen under its final name."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..errors import OutputError
+
+KIND = "curvscope report"
+"""The entry ``"kind"`` of every ``report.json``, by which a folder of ours is recognised."""
+
+
+@contextlib.contextmanager
+def atomic_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary folder beside ``out`` that takes its name when the body ends without exception.
+
+    The place is checked, and the temporary folder made, before the body runs. If the body fails,
+    or is interrupted, the temporary folder and parents made for it are removed and whatever was at
+    ``out`` stays. An existing folder is replaced only if it is empty or an earlier report with
+    nothing else in it.
+
+    Raises ``OutputError`` for a place that cannot be written or holds something else.
+    """
+    target = _target(out)
+    check_replaceable(target)
+    made = _make_parents(target.parent)
+    try:
+        draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
+    except OSError as error:
+        _remove_empty(made)
+        raise OutputError(
+            f"Cannot write into {target.parent} ({error.strerror or error}). Choose another output "
+            "folder, or make this one writable."
+        ) from error
+    try:
+        draft.chmod(0o777 & ~_umask())  # mkdtemp makes it private
+        yield draft
+        check_replaceable(target)  # somebody may have put something there meanwhile
+        _replace(draft, target)
+    except BaseException as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        _remove_empty(made)
+        if isinstance(error, OSError) and not isinstance(error, OutputError):
+            raise OutputError(
+                f"Writing the report to {target} failed: {error}. Nothing was left there."
+            ) from error
+        raise
+
+
+def check_replaceable(target: Path) -> None:
+    """Raise ``OutputError`` unless ``target`` is free, empty, or a report and nothing else."""
+    if not target.exists():
+        if target.is_symlink():
+            raise OutputError(f"{target} is a link to nowhere; remove it or choose another folder.")
+        return
+    if not target.is_dir():
+        raise OutputError(f"{target} is a file; the report needs a folder. Choose another name.")
+    try:
+        entries = sorted(target.iterdir())
+    except OSError as error:
+        raise OutputError(f"{target} cannot be read ({error.strerror}).") from error
+    if not entries:
+        return
+    ours = report_files(target)
+    if ours is None:
+        raise OutputError(
+            f"{target} exists and is not a report of curvscope (no report.json of ours in it), so "
+            "it is not replaced. Choose another folder, or remove it yourself."
+        )
+    foreign = sorted(
+        str(path.relative_to(target))
+        for path in target.rglob("*")
+        if not path.is_dir() and path.relative_to(target).as_posix() not in ours
+    )
+    if foreign:
+        raise OutputError(
+            f"{target} holds files that do not belong to its report ({', '.join(foreign[:3])}"
+            f"{', ...' if len(foreign) > 3 else ''}), so it is not replaced. Move them, or choose "
+            "another folder."
+        )
+
+
+def report_files(folder: Path) -> set[str] | None:
+    """Names of the files of the report in ``folder``; ``None`` if there is none."""
+    try:
+        document = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        files = document["files"] if document["kind"] == KIND else None
+        return None if files is None else {str(name) for name in files}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _target(out: str | os.PathLike[str]) -> Path:
+    text = os.fspath(out)
+    if not text:
+        raise OutputError("The name of the output folder is empty; give one.")
+    target = Path(text).expanduser()
+    target = target.resolve() if target.is_dir() else Path(os.path.abspath(target))
+    if target.parent == target:
+        raise OutputError(f"{target} is the root of the file system; choose a folder in it.")
+    return target
+
+
+def _make_parents(folder: Path) -> list[Path]:
+    """Make ``folder``; returns those that were not there before, outermost first."""
+    missing = [p for p in (folder, *folder.parents) if not p.exists()]
+    made: list[Path] = []
+    for path in reversed(missing):
+        try:
+            path.mkdir()
+        except FileExistsError:
+            continue
+        except OSError as error:
+            _remove_empty(made)
+            raise OutputError(
+                f"Cannot make the folder {path} ({error.strerror or error}). Choose another output "
+                "folder, or make its parent writable."
+            ) from error
+        made.append(path)
+    if not folder.is_dir():
+        raise OutputError(f"{folder} is not a folder, so nothing can be written below it.")
+    return made
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for path in reversed(folders):
+        with contextlib.suppress(OSError):
+            path.rmdir()
+
+
+def _replace(draft: Path, target: Path) -> None:
+    """Give ``draft`` the name ``target``; what was there goes only when that has worked."""
+    if not target.exists():
+        draft.rename(target)
+        return
+    old = target.with_name(f".{target.name}.{secrets.token_hex(4)}.old")
+    target.rename(old)
+    try:
+        draft.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
