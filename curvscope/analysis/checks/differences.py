@@ -32,42 +32,50 @@ def derivative(
     Steps shrink from ``first`` by ``ratio`` until rounding dominates. Of all neighbouring
     extrapolated values, the two that agree best give value and error (after Ridders 1982): with
     large steps truncation and kinks spoil the agreement, with small ones rounding does.
-    Cost: about 20 evaluations in float64.
+    Cost: 15 to 30 evaluations in float64.
     """
-    steps: list[float] = []
-    h = first
-    while h > first * eps**0.55 and len(steps) < 14:
-        steps.append(h)
-        h /= ratio
     here = function(0.0)
     central: list[Tensor] = []
     sides: list[tuple[Tensor, Tensor]] = []
-    for h in steps:
-        up, down = function(h), function(-h)
-        central.append((up - down) / (2 * h))
-        sides.append(((up - here) / h, (here - down) / h))
-    best = (math.inf, 0, central[0])
+    errors: list[float] = []
+    best, step = (math.inf, first, here), first
     previous: Tensor | None = None
-    for k in range(1, len(steps)):
-        # the truncation error of a central difference falls with h^2
-        value = central[k] + (central[k] - central[k - 1]) / (ratio**2 - 1)
-        if previous is not None:
-            error = float((value - previous).norm())
-            if error < best[0]:
-                best = (error, k, value)
-        previous = value
-    error, k, value = best
-    return Difference(value, error, steps[k], _kink(sides, k, float(value.norm())))
+    while step > first * eps**0.55:
+        up, down = function(step), function(-step)
+        central.append((up - down) / (2 * step))
+        sides.append(((up - here) / step, (here - down) / step))
+        if len(central) > 1:
+            # the truncation error of a central difference falls with the square of the step
+            value = central[-1] + (central[-1] - central[-2]) / (ratio**2 - 1)
+            if previous is not None:
+                errors.append(float((value - previous).norm()))
+                if errors[-1] < best[0]:
+                    best = (errors[-1], step, value)
+            previous = value
+        if _done(errors, best):
+            break
+        step /= ratio
+    error, chosen, value = best
+    return Difference(value, error, chosen, _kink(sides, errors, float(value.norm())))
 
 
-def _kink(sides: list[tuple[Tensor, Tensor]], k: int, scale: float) -> bool:
+def _done(errors: list[float], best: tuple[float, float, Tensor]) -> bool:
+    """Whether the error is small already and only grows from here."""
+    small = best[0] <= 1e-8 * float(best[2].norm())
+    return small and len(errors) > 2 and min(errors[-2:]) > 3 * best[0]
+
+
+def _kink(sides: list[tuple[Tensor, Tensor]], errors: list[float], scale: float) -> bool:
     """Whether the one-sided derivatives keep apart as the step shrinks.
 
     Their distance is ``h |f''|`` for a smooth function and constant at a kink.
     """
+    k = 2 + errors.index(min(errors)) if errors else 0
+    if k < 3:
+        return False
     gaps = [float((up - down).norm()) for up, down in sides]
-    early, late = gaps[max(k - 3, 0)], gaps[k]
-    return k >= 3 and late > 1e-6 * max(scale, 1e-300) and late > 0.2 * early
+    late, early = gaps[k], gaps[k - 3]
+    return late > 1e-6 * max(scale, 1e-300) and late > 0.2 * early
 
 
 def unit_scale(parameters: Tensor) -> float:
