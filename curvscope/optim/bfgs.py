@@ -7,6 +7,7 @@ convolution (one otherwise) and are updated side by side. All decisions are take
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ..errors import SingularError
 
+_ROOT_HALF = math.sqrt(0.5)
 SKIP = 1e-4  # an update is skipped if s^T y <= SKIP * s^T s * ||gradient||
 
 
@@ -35,7 +37,12 @@ def dot(x: Tensor, y: Tensor) -> Tensor:
 
 def times(H: Tensor, x: Tensor) -> Tensor:
     """``H x`` for vectors ``[groups, n]``."""
-    return (H @ x.unsqueeze(-1)).squeeze(-1)
+    return matmul(H, x.unsqueeze(-1)).squeeze(-1)
+
+
+def matmul(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right`` of stacks of matrices; a single one goes the faster way."""
+    return (left[0] @ right[0]).unsqueeze(0) if left.shape[0] == 1 else left @ right
 
 
 def damp_on_inverse(s: Tensor, y: Tensor, Hy: Tensor, mu: float = 0.2) -> tuple[Tensor, Tensor]:
@@ -87,17 +94,20 @@ def bfgs_update(H: Tensor, s: Tensor, y: Tensor, norm: Tensor) -> Tensor:
     """The BFGS update of ``H``, in place; returns where it was done.
 
     ``H <- H + (rho^2 y^T H y + rho) s s^T - rho (s (Hy)^T + (Hy) s^T)``, ``rho = 1 / s^T y``, which
-    is ``H + s u^T + u s^T`` with ``u = (rho^2 y^T H y + rho) / 2 s - rho Hy``: exactly symmetric.
-    Skipped (a group stays as it is) unless :func:`acceptable` and finite. Cost: O(n^2).
+    is ``H + s u^T + u s^T`` with ``u = (rho^2 y^T H y + rho) / 2 s - rho Hy``. Skipped (a group stays
+    as it is) unless :func:`acceptable` and finite. Cost: O(n^2).
     """
     Hy = times(H, y)
     rho = 1 / dot(s, y)
     u = (rho * rho * dot(y, Hy) + rho) / 2 * s - rho * Hy
-    size = s.abs().amax(-1, keepdim=True) * u.abs().amax(-1, keepdim=True)
-    accepted = acceptable(s, y, norm) & torch.isfinite(size)
-    s, u = torch.where(accepted, s, 0), torch.where(accepted, u, 0)
-    product = s.unsqueeze(-1) * u.unsqueeze(-2)
-    H += product + product.mT
+    ratio = (u.norm(dim=-1, keepdim=True) / s.norm(dim=-1, keepdim=True)).sqrt()
+    accepted = acceptable(s, y, norm) & torch.isfinite(ratio) & (ratio > 0)
+    s, u = torch.where(accepted, s * ratio, 0), torch.where(accepted, u / ratio, 0)
+    # p p^T - q q^T with p, q = (s +- u) / sqrt(2): symmetric to the last bit, entry by entry, which
+    # s u^T plus its transpose would only be with a slow transposed addition
+    p, q = (s + u) * _ROOT_HALF, (s - u) * _ROOT_HALF
+    H.addcmul_(p.unsqueeze(-1), p.unsqueeze(-2))
+    H.addcmul_(q.unsqueeze(-1), q.unsqueeze(-2), value=-1)
     return accepted
 
 
@@ -172,11 +182,12 @@ def compact_times(memory: Memory, V: Tensor) -> Tensor:
     S64, Y64 = S.double(), Y.double()
     SY, YY = S64 @ Y64.mT, Y64 @ Y64.mT
     R = SY.triu()
-    D = SY.diagonal(dim1=-2, dim2=-1).clone()
+    D = SY.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
     # an empty slot's row and column are zero; a one on the diagonal makes it count for nothing
-    slot = torch.arange(used, device=V.device)
-    R.diagonal(dim1=-2, dim2=-1).add_((slot < used - memory.filled).to(R))
-    SV, YV = (S @ V).double(), (Y @ V).double()
+    empty = torch.arange(used, device=V.device) < used - memory.filled
+    R.diagonal(dim1=-2, dim2=-1).add_(empty.to(R))
+    both = torch.cat([S, Y], 1)
+    SV, YV = (both @ V).double().split(used, 1)
     q = torch.linalg.solve_triangular(R, SV, upper=True)
-    p = torch.linalg.solve_triangular(R.mT, D.unsqueeze(-1) * q + YY @ q - YV, upper=False)
-    return V + S.mT @ p.to(V.dtype) - Y.mT @ q.to(V.dtype)
+    p = torch.linalg.solve_triangular(R.mT, D * q + YY @ q - YV, upper=False)
+    return torch.baddbmm(V, both.mT, torch.cat([p, -q], 1).to(V.dtype))

@@ -251,7 +251,8 @@ class KBFGS(CurvatureOptimizer):
             gradient = self._gradient(layer)
             state["M"].lerp_(gradient, 1 - self.group_of(layer.weight)["momentum"])
             update = updates[block] = kbfgs_block.direction(state)
-            cosine = (update * gradient).sum() / (update.norm() * gradient.norm())
+            inner = torch.dot(update.reshape(-1), gradient.reshape(-1))
+            cosine = inner / (update.norm() * gradient.norm())
             self._last[block] = {"a": a, "z": z, "g": g, "cosine": cosine}
         factor = self._shortening(updates)
         for block, update in updates.items():

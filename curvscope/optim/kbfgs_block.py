@@ -20,6 +20,7 @@ from .bfgs import (
     compact_times,
     double_damping,
     hessian_action,
+    matmul,
     remember,
     symmetric_inverse,
     times,
@@ -53,9 +54,9 @@ def begin(state: State, layer: Layer, memory: int | None, eps: float) -> None:
 
 def direction(state: State) -> Tensor:
     """Step 3: ``H_g M H_a`` ``[groups, out, in]``."""
-    half = state["M"] @ state["H_a"]
+    half = matmul(state["M"], state["H_a"])
     if "H_g" in state:
-        return state["H_g"] @ half
+        return matmul(state["H_g"], half)
     return compact_times(_memory(state), half)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .bfgs import matmul
 from .tap import LayerCall
 
 
@@ -26,7 +27,7 @@ class InputMoments:
     def add(self, call: LayerCall, dtype: torch.dtype) -> None:
         """Count one use of the layer; uses in the same pass see the same samples."""
         a = call.input_rows(dtype)
-        first, second = a.sum(1), a.mT @ a
+        first, second = a.sum(1), matmul(a.mT, a)
         if call.layer.bias is not None:
             count = first.new_full((*first.shape[:-1], 1), a.shape[1])
             first, inner = torch.cat([first, count], -1), second
