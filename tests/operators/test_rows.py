@@ -155,8 +155,8 @@ def test_the_large_formulas_agree_with_the_small_ones(monkeypatch: pytest.Monkey
     for module in ("rowgram", "rowhessian", "inner", "nearest"):
         # by name: the package exports a function called inner as well
         monkeypatch.setattr(sys.modules[f"curvscope.operators.{module}"], "SMALL", 0)
-    for module in ("numerics", "row_algebra"):
-        monkeypatch.setattr(sys.modules[f"curvscope.operators.{module}"], "CHUNK", 200)
+    for module in ("numerics", "row_algebra", "gram"):
+        monkeypatch.setattr(sys.modules[f"curvscope.operators.{module}"], "CHUNK", 20)
     for g, T in ((1, 1), (1, 3), (2, 1), (2, 2)):
         S, a = randn(2, 3, T, g, 4), randn(3, T, g, 5, seed=1)
         signs = randn(2, 3, seed=2)
@@ -244,11 +244,11 @@ def test_large_layer_is_compared_in_seconds_without_forming_it(large: RowGramOpe
     G, A = spd(1000, seed=1), spd(785, seed=2)
     kron = KroneckerOperator(G, A, large.view)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.perf_counter()
+    start = time.process_time()
     product, norm, trace = inner(large, kron), large.frobenius_norm(), large.trace()
     best = best_kronecker(large)
     distance = norm**2 - 2 * inner(large, best) + best.frobenius_norm() ** 2
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start  # of all threads, whatever else the machine does
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     # by hand, sample by sample
     S, a = large._S[:, :, 0, 0], large._a[:, 0, 0]
@@ -264,7 +264,7 @@ def test_large_layer_is_compared_in_seconds_without_forming_it(large: RowGramOpe
     assert 0 < distance < norm**2
     # the vectors alone would take 16 GB, the matrix 4.9 TB
     assert grown < 600e6
-    assert seconds < 15, "about one second on two free cores"
+    assert seconds < 10, "about one second on two cores"
 
 
 def test_large_layer_agrees_with_a_small_one_inside_it(large: RowGramOperator) -> None:
