@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..layers import pad_input, patches
 from .layer import CONVOLUTIONS, Layer
-from .tap import LayerCall, measuring
+from .tap import LayerCall, measuring, watch_gradient
 
 NORMS = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
@@ -87,7 +87,7 @@ class DiagonalCollector:
     def use(self, call: LayerCall) -> None:
         """A layer has run: sum over its input now, over its output gradient when that is there."""
         h, count = input_sums(call, second_axis=self.second_axis)
-        call.outputs.register_hook(_gradient_hook(weakref.ref(self), call.layer, h, count))
+        watch_gradient(call.outputs, _gradient_hook(weakref.ref(self), call.layer, h, count))
 
     def add(self, block: str, sums: DiagonalSums) -> None:
         """Count one use of a block's layer."""

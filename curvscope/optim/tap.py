@@ -88,7 +88,7 @@ class LayerCall:
             with measuring(gradient.device):
                 receive(self, gradient.detach())
 
-        self.outputs.register_hook(hook)
+        watch_gradient(self.outputs, hook)
 
 
 class LayerTap:
@@ -225,6 +225,20 @@ def remove_dead_hooks(model: nn.Module) -> None:
                         module._forward_hooks_always_called,
                     ):
                         flags.pop(key, None)
+
+
+def watch_gradient(output: Tensor, receive: Callable[[Tensor], None]) -> None:
+    """Call ``receive(gradient)`` when the gradient in ``output`` is there.
+
+    A view (a Linear layer on three axes returns one) drops its hooks when it is changed in place,
+    so there the hook goes to the tensor that it views.
+    """
+    base, shape = output._base, output.shape
+    whole = base is not None and base.requires_grad and base.numel() == output.numel()
+    if base is not None and whole and base.is_contiguous() and output.is_contiguous():
+        base.register_hook(lambda gradient: receive(gradient.reshape(shape)))
+    else:
+        output.register_hook(receive)
 
 
 @contextmanager
