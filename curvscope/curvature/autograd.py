@@ -8,11 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..modes import plain_mode
 from ..operators import Operator, Provenance
-from ..problem import Problem, Snapshot
+from ..problem import Problem, Snapshot, flat_gradient
 from ..problem.state import trains_differently
 from ..progress import track
-from .products import EMPIRICAL, HESSIAN, Kind, VectorJacobian, batch_product
+from .products import (
+    EMPIRICAL,
+    HESSIAN,
+    Kind,
+    VectorJacobian,
+    batch_product,
+    symmetrised,
+    twice_differentiable,
+)
 
 _CACHED = 4096
 
@@ -63,23 +72,33 @@ class AutogradOperator(Operator):
         self.positive_semidefinite = None if kind.matrix == HESSIAN else is_convex(problem, kind)
         self.info = provenance(problem, kind, "autograd")
         self._kept: Tensor | None = None
+        self._trusted = False  # whether a product has been checked
 
+    @plain_mode()
     def _matmat(self, vectors: Tensor) -> Tensor:
         if self._kept is not None:
             return self._kept @ vectors
         generator = self.kind.generator()
 
         def one(inputs: Any, targets: Any) -> Tensor:
+            check, self._trusted = not self._trusted, True
             return batch_product(
-                self.problem, self.kind, self.parameters, inputs, targets, vectors, generator
+                self.problem,
+                self.kind,
+                self.parameters,
+                inputs,
+                targets,
+                vectors,
+                generator,
+                check=check,
             )
 
         return self.problem.scale * self.problem.sum_over_batches(one, at=self.at)
 
     def _dense(self) -> Tensor:
         if self._kept is None:
-            matrix = self._columns()
-            matrix = (matrix + matrix.mT) / 2
+            what = f"The {self.kind.title} of {', '.join(self.layout.names[:3])}, ..."
+            matrix = symmetrised(self._columns(), what, self.problem.dtype)
             if self.shape[0] > _CACHED:
                 return matrix
             self._kept = matrix
@@ -91,28 +110,25 @@ class AutogradOperator(Operator):
             eye = torch.eye(size, dtype=self.dtype, device=self.device)
             parts = [self._matmat(part.mT) for part in track(eye.split(64), self._label())]
             return torch.cat(parts, 1)
-        result = torch.zeros(size, size, dtype=self.dtype, device=self.device)
         with self.problem.session(self.at):
+            result = torch.zeros(size, size, dtype=self.dtype, device=self.device)
             for inputs, targets in self.problem.batches():
                 total = self.problem.batch_total(self.problem.outputs(inputs), targets)
-                if not total.requires_grad:
-                    continue
-                gradients = torch.autograd.grad(
-                    total, self.parameters, create_graph=True, allow_unused=True
-                )
-                flat = torch.cat(
-                    [
-                        (torch.zeros_like(p) if g is None else g).reshape(-1)
-                        for p, g in zip(self.parameters, gradients, strict=True)
-                    ]
-                )
-                second = VectorJacobian(flat, self.parameters)
-                for start in track(range(0, size, 64), self._label()):
-                    stop = min(start + 64, size)
-                    units = torch.zeros(stop - start, size, dtype=flat.dtype, device=self.device)
-                    units[torch.arange(stop - start), torch.arange(start, stop)] = 1.0
-                    result[start:stop] += second(units).to(self.dtype)
+                if total.requires_grad:
+                    with twice_differentiable():
+                        self._add_hessian(total, result)
         return result * self.problem.scale
+
+    def _add_hessian(self, total: Tensor, result: Tensor) -> None:
+        """Add one batch's Hessian, row by row."""
+        size = self.shape[0]
+        flat = flat_gradient(total, self.parameters, create_graph=True)
+        second = VectorJacobian(flat, self.parameters)
+        for start in track(range(0, size, 64), self._label()):
+            stop = min(start + 64, size)
+            units = torch.zeros(stop - start, size, dtype=flat.dtype, device=self.device)
+            units[torch.arange(stop - start), torch.arange(start, stop)] = 1.0
+            result[start:stop] += second(units).to(self.dtype)
 
     def _label(self) -> str:
         return f"{self.kind.title} of {self.shape[0]} parameters"

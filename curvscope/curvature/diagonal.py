@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import OptionError, check_option
 from ..layers import Call, Scale
+from ..modes import plain_mode
 from ..operators import (
     BlockDiagonalOperator,
     DiagonalKroneckerOperator,
@@ -31,6 +32,7 @@ from .whole import WholeOperator
 _KINDS = {"hessian": HESSIAN, "ggn": GGN, "fisher": FISHER, "empirical_fisher": EMPIRICAL}
 
 
+@plain_mode()
 def exact_diagonal(problem: Problem, matrix: str = "ggn") -> BlockDiagonalOperator:
     """The exact diagonal of the ``"hessian"``, ``"ggn"``, ``"fisher"`` or ``"empirical_fisher"``.
 
@@ -85,6 +87,7 @@ def spatial_average(vector: Tensor, problem: Problem) -> Tensor:
     return result
 
 
+@plain_mode()
 def hutchinson_diagonal(
     problem: Problem,
     *,
@@ -148,6 +151,7 @@ def min_max(x: Tensor) -> Tensor:
     return (x - low) / (high - low + 1e-6)
 
 
+@plain_mode()
 def diagonal_kf(
     problem: Problem,
     *,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..errors import DataError, OptionError, UnsupportedLossError, check_option
+from ..modes import plain_mode
 from ..problem import Problem, Snapshot
 from .gram import record_batch
 from .products import EMPIRICAL, FISHER, GGN, HESSIAN, Kind
@@ -11,6 +12,7 @@ from .whole import WholeOperator
 _ROUTES = ("auto", "gram", "rows", "autograd", "backpack")
 
 
+@plain_mode()
 def _make(problem: Problem, kind: Kind, route: str) -> WholeOperator:
     check_option("route", route, _ROUTES)
     if not isinstance(problem, Problem):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedLayerError, UnsupportedLossError
+from ..modes import plain_mode
 from ..operators import BlockDiagonalOperator, KroneckerOperator, Operator
 from ..problem import Problem
 from ..problem.cotangents import root_cotangents
@@ -20,6 +21,7 @@ from .products import GGN, Kind
 from .recording import Recording
 
 
+@plain_mode()
 def kfra(problem: Problem, *, uncovered: str = "raise") -> BlockDiagonalOperator:
     """KFRA: ``G`` by a recursion of averages from the last layer to the first.
 

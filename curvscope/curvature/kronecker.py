@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..errors import OptionError, UnsupportedLossError, check_option
 from ..layers import Call
+from ..modes import plain_mode
 from ..operators import (
     BlockDiagonalOperator,
     EigenKroneckerOperator,
@@ -252,6 +253,7 @@ def kronecker_info(
     )
 
 
+@plain_mode()
 def kfac(
     problem: Problem,
     *,
@@ -283,6 +285,7 @@ def kfac(
     return assemble(problem, blocks, info, run.reasons, uncovered)
 
 
+@plain_mode()
 def kflr(
     problem: Problem, *, sharing: str = "expand", uncovered: str = "raise"
 ) -> BlockDiagonalOperator:
@@ -301,6 +304,7 @@ def kflr(
     return assemble(problem, blocks, info, run.reasons, uncovered)
 
 
+@plain_mode()
 def foof(
     problem: Problem, *, sharing: str = "expand", scaled: bool = False, uncovered: str = "raise"
 ) -> BlockDiagonalOperator:
@@ -322,6 +326,7 @@ def foof(
     return assemble(problem, blocks, info, run.reasons, uncovered)
 
 
+@plain_mode()
 def ekfac(
     problem: Problem,
     *,

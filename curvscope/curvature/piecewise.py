@@ -84,6 +84,7 @@ _LINEAR = {
 _PIECEWISE = {
     "Relu",
     "LeakyRelu",
+    "RreluWithNoise",
     "Hardtanh",
     "Threshold",
     "MaxPool2DWithIndices",

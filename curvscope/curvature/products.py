@@ -8,14 +8,16 @@ wrong for some layers and can damage models whose modules are registered under t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import UnsupportedLossError
+from .. import memory
+from ..errors import UnsupportedLayerError, UnsupportedLossError
 from ..problem import Problem
 from ..problem.cotangents import output_hessian_product, sampled_cotangents, scaled_terms
 
@@ -168,51 +170,144 @@ def batch_product(
     targets: Any,
     vectors: Tensor,
     generator: torch.Generator,
+    *,
+    check: bool = False,
 ) -> Tensor:
-    """Unnormalised product of one batch's matrix with the columns of ``vectors [d, k]``."""
+    """Unnormalised product of one batch's matrix with the columns of ``vectors [d, k]``.
+
+    ``check`` makes sure that the double backward is right (custom functions may break it).
+    """
     outputs = problem.outputs(inputs)
-    d = vectors.shape[0]
-    result = torch.zeros_like(vectors, memory_format=torch.contiguous_format)
     if not outputs.requires_grad:
-        return result
-    split = [p.numel() for p in parameters]
-
-    def pieces(column: Tensor) -> list[Tensor]:
-        return [
-            part.reshape(p.shape) for part, p in zip(column.split(split), parameters, strict=True)
-        ]
-
+        return torch.zeros_like(vectors, memory_format=torch.contiguous_format)
     if kind.matrix == HESSIAN:
         total = problem.batch_total(outputs, targets)
-        flat = _flatten(
-            [
-                None if g is None else g.unsqueeze(0)
-                for g in torch.autograd.grad(
-                    total, parameters, create_graph=True, allow_unused=True
-                )
-            ],
-            parameters,
-        )[0]
-        result += VectorJacobian(flat, parameters)(vectors.mT.to(flat.dtype)).mT
-        return result
+        with twice_differentiable():
+            gradients = torch.autograd.grad(total, parameters, create_graph=True, allow_unused=True)
+            flat = _flatten([None if g is None else g.unsqueeze(0) for g in gradients], parameters)
+            second = VectorJacobian(flat[0], parameters)
+            return second(vectors.mT.to(flat.dtype)).mT.to(vectors.dtype)
     samples = problem.count_samples(inputs, targets)
     middle = output_product(problem, kind, outputs, targets, samples, generator)
-    # J v by two backward passes: J^T w is linear in w
+    try:
+        return _double_backward(outputs, parameters, middle, vectors, check)
+    except _NotLinear:
+        return _by_rows(outputs, parameters, middle, vectors)
+    except RuntimeError as error:
+        if not _has_no_derivative(error):
+            raise
+        return _by_rows(outputs, parameters, middle, vectors)
+
+
+Product = Callable[[Tensor], Tensor]
+
+
+class _NotLinear(Exception):
+    """Double backward does not give ``J v``: a custom function hides its derivative."""
+
+
+def _double_backward(
+    outputs: Tensor, parameters: Sequence[Tensor], middle: Product, vectors: Tensor, check: bool
+) -> Tensor:
+    """``J^T M J V`` with ``J v`` by two backward passes: ``J^T w`` is linear in ``w``."""
+    result = torch.zeros_like(vectors, memory_format=torch.contiguous_format)
+    split = [p.numel() for p in parameters]
     w = torch.zeros_like(outputs, requires_grad=True)
     back = torch.autograd.grad(outputs, parameters, w, create_graph=True, allow_unused=True)
     used = [(g, i) for i, g in enumerate(back) if g is not None and g.requires_grad]
-    if not used:
+    if not used and not check:
         return result
     for j in range(vectors.shape[1]):
-        v = pieces(vectors[:, j].to(outputs.dtype))
-        (jv,) = torch.autograd.grad(
-            [g for g, _ in used], w, [v[i] for _, i in used], retain_graph=True
-        )
+        column = vectors[:, j].to(outputs.dtype)
+        v = [part.reshape(p.shape) for part, p in zip(column.split(split), parameters, strict=True)]
+        jv = torch.zeros_like(outputs)
+        if used:
+            (jv,) = torch.autograd.grad(
+                [g for g, _ in used], w, [v[i] for _, i in used], retain_graph=True
+            )
+        if check and j == 0:
+            _adjoint(outputs, parameters, column, jv)
         gradients = torch.autograd.grad(
             outputs, parameters, middle(jv), retain_graph=True, allow_unused=True
         )
-        result[:, j] = _flatten(
-            [None if g is None else g.unsqueeze(0) for g in gradients], parameters
-        )[0].to(result.dtype)
-    assert result.shape[0] == d
+        rows = [None if g is None else g.unsqueeze(0) for g in gradients]
+        result[:, j] = _flatten(rows, parameters)[0].to(result.dtype)
     return result
+
+
+def _adjoint(outputs: Tensor, parameters: Sequence[Tensor], v: Tensor, jv: Tensor) -> None:
+    """Raise :class:`_NotLinear` unless ``<u, J v> = <J^T u, v>`` for a random ``u``."""
+    noise = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(0))
+    u = noise.to(outputs)
+    gradients = torch.autograd.grad(outputs, parameters, u, retain_graph=True, allow_unused=True)
+    jtu = _flatten([None if g is None else g.unsqueeze(0) for g in gradients], parameters)[0]
+    left, right = float((u.double() * jv).sum()), float((jtu.double() * v).sum())
+    scale = float(u.norm() * jv.norm() + jtu.norm() * v.norm())
+    if abs(left - right) > 10 * torch.finfo(outputs.dtype).eps ** 0.5 * scale:
+        raise _NotLinear
+
+
+def _by_rows(
+    outputs: Tensor, parameters: Sequence[Tensor], middle: Product, vectors: Tensor
+) -> Tensor:
+    """``J^T M J V`` with the Jacobian itself, one backward pass per output."""
+    flat, d = outputs.reshape(-1), vectors.shape[0]
+    memory.require(
+        flat.numel() * d * outputs.element_size(),
+        f"The Jacobian [{flat.numel()}, {d}] of a batch, needed because the model cannot be "
+        "differentiated twice,",
+        "Use smaller batches or fewer parameters (params=).",
+        device=outputs.device,
+    )
+    rows = []
+    for value in flat:
+        gradients = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+        rows.append(
+            _flatten([None if g is None else g.unsqueeze(0) for g in gradients], parameters)
+        )
+    jacobian = torch.cat(rows).to(vectors.dtype)
+    jv = jacobian @ vectors
+    columns = [
+        middle(column.reshape(outputs.shape).to(outputs.dtype)).reshape(-1) for column in jv.mT
+    ]
+    return jacobian.mT @ torch.stack(columns, 1).to(vectors.dtype)
+
+
+def _has_no_derivative(error: RuntimeError) -> bool:
+    text = str(error)
+    return "differentiate twice" in text or (
+        "derivative for" in text and "is not implemented" in text
+    )
+
+
+@contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """Turn torch's refusal to differentiate twice into an error that says what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not _has_no_derivative(error):
+            raise
+        raise UnsupportedLayerError(
+            f"The model uses an operation without second derivative ({error}), so its Hessian "
+            "cannot be computed. cs.ggn, cs.fisher and cs.empirical_fisher need first derivatives "
+            "only; or write the operation with functions that torch differentiates twice."
+        ) from error
+
+
+def symmetrised(matrix: Tensor, what: str, dtype: torch.dtype) -> Tensor:
+    """``(H + H^T) / 2`` of ``[..., d, d]`` after checking that H is symmetric to rounding.
+
+    Raises ``UnsupportedLayerError`` otherwise: what was differentiated is then no gradient.
+    """
+    gap, size = float((matrix - matrix.mT).norm()), float(matrix.norm())
+    # rounding grows where the curvature is small beside the terms that cancel in it
+    tolerance = {torch.float64: 1e-4, torch.float32: 0.05}.get(dtype, 1.0)
+    if gap > tolerance * size:
+        raise UnsupportedLayerError(
+            f"{what} comes out asymmetric ({gap / size:.2g} of its norm): autograd's gradient is "
+            "not that of the objective, or an operation has a wrong second derivative. Look for "
+            "detach(), straight-through estimators and custom autograd functions (cs.ggn needs "
+            "first derivatives only), or take dtype=torch.float64 if rounding is the cause."
+        )
+    return (matrix + matrix.mT) / 2

@@ -19,7 +19,7 @@ from ..problem import Problem
 from ..progress import track
 from .accumulate import accumulation_dtype, input_rows
 from .plan import BlockPlan
-from .products import VectorJacobian
+from .products import VectorJacobian, symmetrised, twice_differentiable
 from .recording import Recording
 
 _CHUNK = 8
@@ -33,7 +33,7 @@ class RowHessianAccumulator:
 
     def __init__(self, plan: BlockPlan, dtype: torch.dtype) -> None:
         self.plan = plan
-        self.dtype = accumulation_dtype(dtype)
+        self.dtype, self.model_dtype = accumulation_dtype(dtype), dtype
         self.h: list[Tensor] = []
         self.a: list[Tensor] = []
         self.matrix: Tensor | None = None
@@ -48,7 +48,10 @@ class RowHessianAccumulator:
         t, out = a.shape[1], self.plan.outputs
         factored = self._factored(problem, t)
         total = problem.batch_total(recording.outputs, targets)
-        (gradient,) = torch.autograd.grad(total, call.outputs, create_graph=True, allow_unused=True)
+        with twice_differentiable():
+            (gradient,) = torch.autograd.grad(
+                total, call.outputs, create_graph=True, allow_unused=True
+            )
         if gradient is None:
             gradient = torch.zeros_like(call.outputs)
         second = VectorJacobian(gradient, [call.outputs], _CHUNK)
@@ -61,7 +64,8 @@ class RowHessianAccumulator:
             units = template.new_zeros(len(features), template.numel())
             for row, o in enumerate(features):
                 units[row, where[:, u, o]] = 1.0
-            h = second(units.reshape(-1, *template.shape))
+            with twice_differentiable():
+                h = second(units.reshape(-1, *template.shape))
             h = h[:, where.reshape(-1)].reshape(-1, n, t, out).to(self.dtype)
             if factored:
                 parts.append(h.squeeze(2))  # [o', N, o]
@@ -69,7 +73,9 @@ class RowHessianAccumulator:
                 self._add_dense(h, a, u, features)
         if factored:
             full = torch.cat(parts).movedim(0, 1)
-            full = (full + full.mT) / 2
+            full = symmetrised(
+                full, f"The Hessian in the output of {self.plan.name!r}", self.model_dtype
+            )
             self.h.append(full[:, None, :, None, :])
             self.a.append(a)
 
@@ -110,6 +116,7 @@ class RowHessianAccumulator:
             return kept
         d = self.plan.size
         dense = self.view.dense_from_matrix(self.matrix.reshape(d, d)) * scale
+        dense = symmetrised(dense, f"The Hessian of {self.plan.name!r}", self.model_dtype)
         if kept is not None:
             dense = dense + kept.dense()
-        return DenseOperator((dense + dense.mT) / 2, view=self.view)
+        return DenseOperator(dense, view=self.view)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedLayerError
+from ..modes import plain_mode
 from ..operators import Blocks, LowRankOperator, Operator
 from ..problem import Problem, Snapshot
 from .autograd import AutogradOperator, is_convex, provenance
@@ -79,6 +80,7 @@ class WholeOperator(AutogradOperator):
             return valid[1:]
         return valid
 
+    @plain_mode()
     def _compute(self, name: str) -> Operator:
         while name not in self._blocks:  # a route that fails on a later batch gives way to the next
             route = self.route_of(name)
@@ -125,6 +127,7 @@ class WholeOperator(AutogradOperator):
                 block.positive_semidefinite = is_convex(self.problem, kind)
             self._blocks[name] = block
 
+    @plain_mode()
     def vectors(self) -> LowRankOperator | None:
         """``V V^T`` over all parameters where every block allows it and it fits, else ``None``."""
         if self.kind.matrix == HESSIAN or self.route not in ("auto", "gram"):
@@ -141,6 +144,7 @@ class WholeOperator(AutogradOperator):
         block.layout, block.info = self.layout, self.info.with_(route="gram")
         return block
 
+    @plain_mode()
     def _columns(self) -> Tensor:
         plan = whole_plan(self) if self.route in ("auto", "gram") else None
         if plan is not None and self.kind.matrix != HESSIAN:

@@ -21,6 +21,7 @@ from ..errors import (
     UncoveredError,
     nearest,
 )
+from ..modes import plain_mode
 from .parameters import Layout, ParameterSpec, Provenance
 
 if TYPE_CHECKING:
@@ -134,9 +135,10 @@ class Operator(ABC):
         if vectors.is_complex():
             raise ShapeError("Operators are real; multiply the real and imaginary parts apart.")
         vectors = vectors.detach().to(dtype=self.dtype, device=self.device)
-        if vectors.ndim == 1:
-            return self._matmat(vectors.unsqueeze(1)).squeeze(1)
-        return self._matmat(vectors) if vectors.shape[1] else vectors.clone()
+        with plain_mode(self.device.type):
+            if vectors.ndim == 1:
+                return self._matmat(vectors.unsqueeze(1)).squeeze(1)
+            return self._matmat(vectors) if vectors.shape[1] else vectors.clone()
 
     def dense(self) -> Tensor:
         """The matrix itself ``[P, P]``.
@@ -151,7 +153,8 @@ class Operator(ABC):
             "or take fewer parameters with Problem(..., params=...).",
             device=self.device,
         )
-        return self._dense()
+        with plain_mode(self.device.type):
+            return self._dense()
 
     def trace(self) -> float:
         """Sum of the diagonal."""

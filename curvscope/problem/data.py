@@ -160,6 +160,8 @@ def move(tree: Any, device: torch.device, dtype: torch.dtype) -> Any:
     def one(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
+        if leaf.is_inference():
+            leaf = leaf.clone()  # autograd refuses tensors made under inference_mode()
         if leaf.is_floating_point():
             return leaf.detach().to(device=device, dtype=dtype)
         return leaf.detach().to(device=device)

@@ -167,10 +167,11 @@ class Problem:
     def snapshot(self) -> Snapshot:
         """Copy the current values of parameters and buffers."""
         self._synchronise()
-        return Snapshot(
-            [p.detach().clone() for p in self.model.parameters()],
-            [b.detach().clone() for b in self.model.buffers()],
-        )
+        with torch.inference_mode(False):
+            return Snapshot(
+                [p.detach().clone() for p in self.model.parameters()],
+                [b.detach().clone() for b in self.model.buffers()],
+            )
 
     @contextmanager
     def session(self, at: Snapshot | None = None) -> Iterator[None]:
@@ -180,9 +181,9 @@ class Problem:
         with ExitStack() as stack:
             stack.enter_context(self.data.preserved())
             stack.enter_context(state.evaluation(self.model, batchnorm=self.batchnorm))
+            values = None if at is None else at.parameters
+            stack.enter_context(state.values_at(list(self.model.parameters()), values))
             if at is not None:
-                parameters = list(self.model.parameters())
-                stack.enter_context(state.values_at(parameters, at.parameters))
                 with torch.no_grad():
                     for buffer, value in zip(self.model.buffers(), at.buffers, strict=True):
                         if not torch.equal(buffer, value):
@@ -199,6 +200,8 @@ class Problem:
         seen = 0
         self.data.seed(seed)
         for inputs, targets in self.data:
+            if sample_count(inputs, targets) == 0:
+                continue
             seen += 1
             yield move(inputs, self.device, self.dtype), move(targets, self.device, self.dtype)
         if not seen:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import random
+from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -10,10 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils import parametrizations
-from torch.nn.utils.weight_norm import WeightNorm
-from torch.overrides import TorchFunctionMode
+
+from ..modes import plain_mode
+from .substitutes import differentiable, no_gradient_hooks
 
 # the dictionaries of nn.Module that hold other things than plain attributes
 _TRACKED = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
@@ -37,14 +38,24 @@ def random_state() -> Iterator[None]:
 
 @contextmanager
 def module_state(model: nn.Module) -> Iterator[None]:
-    """Put back flags, buffers, attributes and ``.grad`` of every module and parameter."""
+    """Put back flags, buffers, attributes and ``.grad`` of every module and parameter.
+
+    Lists, dicts, sets and deques among the attributes get their old items back, tensors among
+    them their old values.
+    """
     modules = list(model.modules())
+    flags = [module.training for module in modules]  # no plain attribute of a scripted module
     attributes = [dict(module.__dict__) for module in modules]
     tracked = [
         {name: dict(module.__dict__[name]) for name in _TRACKED if name in module.__dict__}
+        if not isinstance(module, torch.jit.ScriptModule)
+        else {}
         for module in modules
     ]
-    buffers = [(b, b._version, b.detach().clone()) for b in model.buffers()]
+    plain = [value for own in attributes for name, value in own.items() if name not in _TRACKED]
+    containers = [(value, copy.copy(value)) for value in plain if isinstance(value, _CONTAINERS)]
+    tensors = [*model.buffers(), *(value for value in plain if isinstance(value, Tensor))]
+    values = [(t, t._version, t.detach().clone()) for t in tensors]
     gradients = [(p, p.grad) for p in model.parameters()]
     try:
         yield
@@ -63,44 +74,43 @@ def module_state(model: nn.Module) -> Iterator[None]:
                 if not same or list(current) != list(entries):
                     current.clear()
                     current.update(entries)
+        for container, items in containers:
+            _refill(container, items)
+        for module, flag in zip(modules, flags, strict=True):
+            if module.training != flag:
+                module.training = flag
         with torch.no_grad():
-            for buffer, version, value in buffers:
+            for tensor, version, value in values:
                 # BatchNorm updates its statistics without a new version
-                if buffer._version != version or not torch.equal(buffer, value):
-                    buffer.copy_(value)
+                if tensor._version != version or not torch.equal(tensor, value):
+                    tensor.copy_(value)
         for parameter, gradient in gradients:
             if parameter.grad is not gradient:
                 parameter.grad = gradient
 
 
+_CONTAINERS = (list, dict, set, deque)
+
+
+def _refill(container: Any, items: Any) -> None:
+    """Give a container its old items back, which may be tensors: compared by identity."""
+    if len(container) == len(items):
+        if isinstance(items, dict):
+            if all(container.get(key, _MISSING) is value for key, value in items.items()):
+                return
+        elif isinstance(items, set):
+            if container == items:
+                return
+        elif all(new is old for new, old in zip(container, items, strict=True)):
+            return
+    container.clear()
+    if isinstance(items, dict | set):
+        container.update(items)
+    else:
+        container.extend(items)
+
+
 _MISSING: Any = object()
-
-
-class _WeightNorm(TorchFunctionMode):
-    """Weight normalisation written out.
-
-    The second derivative of ``torch._weight_norm`` takes the norm for a constant where it is over
-    the first or the last axis (torch 2.13 and 2.15: 0.6 to 0.9 off against finite differences on a
-    tiny net), so the Hessian of a model with ``weight_norm`` would silently be wrong.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not torch._weight_norm:
-            return func(*args, **(kwargs or {}))
-        return _written_out(*args, **(kwargs or {}))
-
-
-def _written_out(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    return v * (g / torch.norm_except_dim(v, 2, dim))
-
-
-def has_weight_norm(model: nn.Module) -> bool:
-    """Whether ``weight_norm`` (as parametrization or as hook) is on one of the layers."""
-    return any(
-        isinstance(module, parametrizations._WeightNorm)
-        or any(isinstance(hook, WeightNorm) for hook in module._forward_pre_hooks.values())
-        for module in model.modules()
-    )
 
 
 def trains_differently(model: nn.Module) -> bool:
@@ -129,23 +139,17 @@ def evaluation(model: nn.Module, *, batchnorm: str = "eval") -> Iterator[None]:
     """Everything that holds while curvscope evaluates a model.
 
     ``eval()`` flags (BatchNorm in train mode under ``batchnorm="batch"``), gradients enabled,
-    autocast off, attention by the kernel that has a double backward, random states and the
-    model's state preserved, also when the body fails.
+    autocast and gradient hooks off, only what can be differentiated twice (``substitutes``), random
+    states and the model's state preserved, also when the body fails.
     """
     with ExitStack() as stack:
         stack.enter_context(random_state())
         stack.enter_context(module_state(model))
-        stack.enter_context(torch.inference_mode(False))
+        for device in {p.device.type for p in model.parameters()}:
+            stack.enter_context(plain_mode(device))
         stack.enter_context(torch.enable_grad())
-        for device in {p.device.type for p in model.parameters()} | {"cpu"}:
-            if device in ("cpu", "cuda"):
-                stack.enter_context(torch.autocast(device, enabled=False))
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if has_weight_norm(model):
-            stack.enter_context(_WeightNorm())
-        if any(isinstance(m, nn.RNNBase) for m in model.modules()):
-            # the cuDNN kernels have neither a double backward nor a backward in eval mode
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        stack.enter_context(no_gradient_hooks(model))
+        stack.enter_context(differentiable(model))
         for module in model.modules():
             # not module.train(): a user's train() override may do more than set the flag
             module.training = batchnorm == "batch" and is_batch_norm(module)
@@ -153,15 +157,16 @@ def evaluation(model: nn.Module, *, batchnorm: str = "eval") -> Iterator[None]:
 
 
 @contextmanager
-def values_at(parameters: list[nn.Parameter], values: list[Tensor] | None) -> Iterator[None]:
-    """Let parameters have other values for a while, without copies and without version bumps."""
-    if values is None:
-        yield
-        return
+def values_at(parameters: list[nn.Parameter], values: list[Tensor] | None = None) -> Iterator[None]:
+    """Let parameters hold copies of ``values`` (by default of their own) for a while.
+
+    So a forward pass that changes its parameters (``Embedding(max_norm=...)``, clipping) changes
+    neither the user's nor the given values. Versions are not counted up.
+    """
     before = [p.data for p in parameters]
     try:
-        for parameter, value in zip(parameters, values, strict=True):
-            parameter.data = value
+        for parameter, value in zip(parameters, values or before, strict=True):
+            parameter.data = value.detach().clone()
         yield
     finally:
         for parameter, value in zip(parameters, before, strict=True):

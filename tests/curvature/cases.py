@@ -26,6 +26,7 @@ from .nets import (
     TiedTranspose,
     TwoNames,
     Windows,
+    WrittenOut,
     flat_tokens,
     mlp,
     normalised,
@@ -179,8 +180,8 @@ CASES: list[Case] = []
 
 
 def case(name: str, model: Callable[[], nn.Module], loss: Any, batches: Any, **more: Any) -> None:
-    """``load``, ``terms`` and ``merge`` go to the case, all else to the Problem."""
-    own = {k: more.pop(k) for k in ("load", "terms", "merge") if k in more}
+    """``load``, ``terms``, ``merge`` and ``truth`` go to the case, all else to the Problem."""
+    own = {k: more.pop(k) for k in ("load", "terms", "merge", "truth") if k in more}
     CASES.append(Case(name, functools.partial(seeded, model), loss, batches, more, **own))
 
 
@@ -508,7 +509,13 @@ case(
     data((2, 3), named(left=real(3), right=real(2)), real(3)),
     forward=lambda model, x: model(**x),
 )
-case("weight-norm", lambda: normalised("weight_norm"), CE(), data((3, 2), real(4), labels(2)))
+case(
+    "weight-norm",
+    lambda: normalised("weight_norm"),
+    CE(),
+    data((3, 2), real(4), labels(2)),
+    truth=WrittenOut,
+)
 case("spectral-norm", lambda: normalised("spectral_norm"), MSE(), data((3, 2), real(4), real(2)))
 case("physics-informed", Autograd, MSE(), data((3, 2), real(2), real(2)))
 case(

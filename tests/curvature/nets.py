@@ -267,6 +267,25 @@ class Autograd(nn.Module):
         return force
 
 
+class WrittenOut(nn.Module):
+    """A model with ``weight_norm`` whose first weight is formed step by step.
+
+    The second derivative of ``torch._weight_norm`` is wrong, so it cannot serve as its own truth.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        for name, child in model.named_children():
+            self.add_module(name, child)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, *rest = self.children()
+        parts = first.parametrizations["weight"]
+        g, v = parts.original0, parts.original1
+        x = F.linear(x, g * v / v.square().sum(1, keepdim=True).sqrt(), first.bias)
+        return nn.Sequential(*rest)(x)
+
+
 def normalised(kind: str, **options: Any) -> nn.Module:
     """``nn.utils.parametrizations.weight_norm`` or ``spectral_norm`` on the first layer."""
     wrap = getattr(nn.utils.parametrizations, kind)

@@ -28,7 +28,8 @@ class Case:
     """A model, a loss and data; ``options`` go to ``Problem``, ``load`` hands it the batches.
 
     ``terms(outputs, targets)`` gives the terms of a loss that is a plain callable, samples first;
-    ``merge=False`` where samples of different batches must not meet in the model.
+    ``merge=False`` where samples of different batches must not meet in the model; ``truth`` takes
+    the model to one that computes the same in another way.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Case:
     load: Callable[[Batches], Any] | None = None
     terms: Callable[[Tensor, Tensor], Tensor] | None = None
     merge: bool = True
+    truth: Callable[[nn.Module], nn.Module] | None = None
 
     def __str__(self) -> str:
         return self.name
@@ -74,7 +76,7 @@ class Reference:
 
     def __init__(self, case: Case, names: list[str]) -> None:
         self.case, self.names = case, names
-        self.model = case.model()
+        self.model = case.model() if case.truth is None else case.truth(case.model())
         if case.options.get("batchnorm") == "batch":
             for module in self.model.modules():
                 module.training = isinstance(module, nn.modules.batchnorm._BatchNorm)
@@ -152,7 +154,7 @@ class Reference:
         summed = self._summed()
         if summed is None:
             return 1.0
-        return float(self.value / summed(self.outputs, self.targets).double())
+        return float((self.value / summed(self.outputs, self.targets)).detach())
 
     def _reduced(self, reduction: str) -> Any:
         if isinstance(self.loss, nn.Module):
@@ -178,6 +180,10 @@ class Reference:
             return terms, torch.ones_like(terms)
         terms = self._reduced("none")(z, y)
         return terms, term_weights(self.loss, z, y).reshape(terms.shape)
+
+    @property
+    def term_count(self) -> int:
+        return self.term_losses()[0].numel()
 
     def empirical_fisher(self, per: str) -> Tensor:
         terms, c = self.term_losses()

@@ -51,6 +51,9 @@ def check_matrix(op: cs.Operator, truth: torch.Tensor, routes: tuple[str, ...]) 
     close(fresh @ vectors[:, 0], truth @ vectors[:, 0], "product with a vector")
     close(fresh.diagonal(), truth.diagonal(), "diagonal")
     assert fresh.trace() == pytest.approx(float(truth.trace()), rel=1e-9, abs=1e-12)
+    forced = {
+        route: routes_of(op, "gram" if route == "piecewise-linear" else route) for route in routes
+    }
     for name, members in fresh.members.items():
         index = fresh.layout.index(members)
         part = truth[index][:, index]
@@ -60,9 +63,12 @@ def check_matrix(op: cs.Operator, truth: torch.Tensor, routes: tuple[str, ...]) 
         for route in routes:
             if route not in fresh.plans[name].routes:
                 continue
-            forced = routes_of(op, "gram" if route == "piecewise-linear" else route)
-            assert forced.route_of(name) == route
-            close(forced.blocks[name].dense(), part, f"block {name} by forced {route}")
+            assert forced[route].route_of(name) == route
+            block, what = forced[route].blocks[name], f"block {name} by forced {route}"
+            if route == "autograd":  # one column at a time: two are enough
+                close(block @ vectors[index][:, :2], part @ vectors[index][:, :2], what)
+            else:
+                close(block.dense(), part, what)
 
 
 def routes_of(op: cs.Operator, route: str) -> cs.Operator:
@@ -84,7 +90,7 @@ def test_enough_cases() -> None:
 
 def test_objective_and_gradient(setting) -> None:
     _, problem, truth = setting
-    assert problem.objective() == pytest.approx(float(truth.value), rel=1e-12)
+    assert problem.objective() == pytest.approx(float(truth.value.detach()), rel=1e-12)
     assert problem.scale == pytest.approx(truth.scale, rel=1e-12)
     close(problem.gradient(), truth.gradient, "gradient")
 
@@ -105,14 +111,15 @@ def test_fisher(setting) -> None:
         with pytest.raises(cs.errors.UnsupportedLossError, match=r"cs\.ggn or cs\.hessian"):
             cs.fisher(problem)
         return
-    check_matrix(cs.fisher(problem), truth.ggn, ("gram", "autograd"))
+    check_matrix(cs.fisher(problem), truth.ggn, ())  # the routes are those of the GGN
     assert relative(truth.enumerated_fisher(), truth.ggn) < 1e-10
 
 
 @pytest.mark.parametrize("per", ["sample", "term"])
 def test_empirical_fisher(setting, per: str) -> None:
     case, problem, truth = setting
-    if per == "term" and case.terms is not None and case.name != "masked":
-        per = "sample"
+    if per == "term" and (case.terms is not None or truth.owner.numel() == truth.term_count):
+        return  # a plain callable does not say what its terms are; or terms are samples
     op = cs.empirical_fisher(problem, per=per)
-    check_matrix(op, truth.empirical_fisher(per), ("gram", "autograd"))
+    routes = ("gram", "autograd") if per == "sample" else ()
+    check_matrix(op, truth.empirical_fisher(per), routes)
