@@ -106,6 +106,9 @@ def test_damping_reaches_the_uncovered_rows() -> None:
     assert torch.equal(op.diagonal()[rows], torch.full((3,), 0.5, dtype=torch.float64))
     inverse = partial("zero").inverse(0.5)
     assert torch.allclose(inverse.dense(), torch.linalg.inv(op.dense()), atol=1e-12)
+    later = partial().inverse(0.5)
+    assert isinstance(later, BlockDiagonalOperator)
+    assert torch.equal(later.with_uncovered("zero").dense(), inverse.dense())
     assert torch.allclose((2 * op).dense(), 2 * op.dense())
     assert torch.allclose((op + op).dense(), 2 * op.dense())
 

@@ -145,6 +145,19 @@ def test_equal_singular_values_still_give_a_nearest_product() -> None:
         assert float(torch.linalg.eigvalsh(factor)[0]) > -1e-12
 
 
+def test_factors_of_a_diagonal_with_zeros_are_not_negative() -> None:
+    """Rounding in the iteration leaves entries like -1e-17 where the factor is zero."""
+    for seed in range(30):
+        diagonal = torch.relu(randn(6, 5, seed=seed))
+        diagonal[:, 3:] = 0.0
+        diagonal[2:4, 0] = 0.0
+        best = best_diagonal_kronecker(
+            DiagonalOperator(diagonal.flatten()), view=MatrixView(1, 6, 5)
+        )
+        assert all(bool((f >= 0).all()) for f in best.factors.values())  # type: ignore[attr-defined]
+        assert abs(best.frobenius_norm() - float(torch.linalg.matrix_norm(diagonal, 2))) < 1e-11
+
+
 def test_zero_has_zero_factors() -> None:
     view = MatrixView(2, 2, 3)
     zero = DenseOperator(torch.zeros(12, 12, dtype=torch.float64), view=view)
