@@ -105,11 +105,19 @@ class Row:
         spread = self.stderr.get("error", 0.0)
         bars = f" ± {number(spread, 2)}" if spread else ""
         text = f"{self.approximation} is off by {number(self.error)}{bars} on {where}"
-        if self.best_class and not math.isnan(self.best_in_class):
-            text += (
-                f", of which {number(self.best_in_class)} is the price of being {self.best_class}"
-            )
+        if self.best_class not in (None, "dense") and not math.isnan(self.best_in_class):
+            price = number(self.best_in_class)
+            text += f", of which {price} is the price of being {_in_words(str(self.best_class))}"
         return text + (f" ({self.note})" if self.note else "") + "."
+
+
+def _in_words(kind: str) -> str:
+    """A class as the end of a sentence: ``"block-diagonal and Kronecker"``."""
+    inner = kind.rpartition("block-diagonal ")[2]
+    words = inner.replace("Kronecker-eigenbasis", "diagonal in its Kronecker eigenbasis")
+    if words.startswith("rank-"):
+        words = f"of rank {words[5:]}"
+    return f"block-diagonal and {words}" if kind != inner else words
 
 
 @dataclass(frozen=True, eq=False)

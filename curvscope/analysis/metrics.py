@@ -8,63 +8,19 @@ knows better how the number was got. What is not defined raises ``NotDefinedErro
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 
-import numpy as np
 import torch
 from scipy.stats import rankdata
-from torch import Tensor
 
 from ..errors import NotDefinedError
-from .facts import Facts, TooLargeError
+from . import measures
+from .facts import TooLargeError
 from .pairs import Pair, Value
-from .spectrum import condition_of
-from .structure import as_numpy
+from .registry import METRICS, metric
 
-_LEADING = 10  # eigenvectors compared
+__all__ = ["METRICS", "metric"]
+
 _ITERATED = 200_000  # rows beyond which a metric that iterates must be asked for by name
-_CONSTANT = 1e-12  # relative spread of a diagonal that is all one number
-
-Function = Callable[[Pair], "float | Value"]
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A metric: its name (a column), a title for people, and which values are good.
-
-    ``better`` is ``"low"`` (best at 0), ``"high"`` (at most 1), ``"one"`` (best at 1) or ``None``
-    (a fact, not a score). Scores do not change when everything is multiplied by one number.
-    """
-
-    name: str
-    title: str
-    better: str | None
-    function: Function
-    doc: str
-
-    def badness(self, value: float) -> float:
-        """A number that grows the worse ``value`` is."""
-        if self.better == "high":
-            return -value
-        if self.better == "one":
-            return abs(value - 1)
-        return value
-
-
-METRICS: dict[str, Metric] = {}
-"""All metrics by name, in the order of the frame's columns."""
-
-
-def metric(title: str, better: str | None = None) -> Callable[[Function], Function]:
-    """Register a function as a metric under its own name; its docstring is the definition."""
-
-    def register(function: Function) -> Function:
-        name, doc = function.__name__, function.__doc__ or ""
-        METRICS[name] = Metric(name, title, better, function, doc)
-        return function
-
-    return register
 
 
 # -- entries -------------------------------------------------------------------------------------
@@ -73,15 +29,15 @@ def metric(title: str, better: str | None = None) -> Callable[[Function], Functi
 @metric("relative error", better="low")
 def error(pair: Pair) -> Value:
     """``||R - B||_F / ||R||_F``."""
-    _need_nonzero(pair.reference)
+    measures.need_nonzero(pair.reference)
     return pair.moments.apply(lambda rr, rb, bb, gap: math.sqrt(gap / rr) if rr else math.nan)
 
 
 @metric("relative error, best scale", better="low")
 def error_rescaled(pair: Pair) -> Value:
     """``min_c ||R - c B||_F / ||R||_F``: what is left when only the scale is wrong."""
-    _need_nonzero(pair.reference)
-    found = pair.moments.apply(_rescaled)
+    measures.need_nonzero(pair.reference)
+    found = pair.moments.apply(measures.rescaled)
     if pair.moments.method == "exact" and found.value < 1e-3:  # 1 - cos^2 has cancelled
         dense = pair.approximation.dense
         best = float((pair.reference.dense * dense).sum()) / pair.approximation.norm2
@@ -93,15 +49,15 @@ def error_rescaled(pair: Pair) -> Value:
 @metric("best scale", better="one")
 def scale(pair: Pair) -> Value:
     """The ``c`` that minimises ``||R - c B||_F``, ``<R, B> / <B, B>``."""
-    _need_nonzero(pair.approximation)
+    measures.need_nonzero(pair.approximation)
     return pair.moments.apply(lambda rr, rb, bb, gap: rb / bb if bb else math.nan)
 
 
 @metric("cosine", better="high")
 def cosine(pair: Pair) -> Value:
     """``<R, B> / (||R||_F ||B||_F)``."""
-    _need_nonzero(pair.reference)
-    _need_nonzero(pair.approximation)
+    measures.need_nonzero(pair.reference)
+    measures.need_nonzero(pair.approximation)
     return pair.moments.apply(
         lambda rr, rb, bb, gap: rb / math.sqrt(rr * bb) if rr * bb else math.nan
     )
@@ -110,8 +66,8 @@ def cosine(pair: Pair) -> Value:
 @metric("relative spectral error", better="low")
 def spectral_error(pair: Pair) -> Value:
     """``||R - B||_2 / ||R||_2`` (largest singular values)."""
-    _need_nonzero(pair.reference)
-    _affordable(pair)
+    measures.need_nonzero(pair.reference)
+    measures.affordable(pair)
     if pair.method != "exact" and pair.size > _ITERATED and not pair.thorough:
         raise TooLargeError(
             f"Lanczos iteration on {pair.size:,} rows takes seconds: ask for it with "
@@ -126,8 +82,8 @@ def spectral_error(pair: Pair) -> Value:
 @metric("trace ratio", better="one")
 def trace_ratio(pair: Pair) -> Value:
     """``tr B / tr R``."""
-    below, above = _trace(pair.reference, pair), _trace(pair.approximation, pair)
-    floor = 1e-14 * math.sqrt(pair.size) * _norm(pair.reference)
+    below, above = measures.trace(pair.reference, pair), measures.trace(pair.approximation, pair)
+    floor = 1e-14 * math.sqrt(pair.size) * measures.norm(pair.reference)
     if abs(below.value) <= floor:
         raise NotDefinedError(f"The trace of the {pair.reference.name} is zero.")
     value = above.value / below.value
@@ -141,15 +97,15 @@ def trace_ratio(pair: Pair) -> Value:
 @metric("diagonal correlation", better="high")
 def diagonal_correlation(pair: Pair) -> Value:
     """Pearson correlation of the two diagonals."""
-    left, right = _diagonals(pair)
-    return Value(_pearson(left, right), 0.0, pair.method)
+    left, right = measures.diagonals(pair)
+    return Value(measures.pearson(left, right), 0.0, pair.method)
 
 
 @metric("diagonal rank correlation", better="high")
 def diagonal_rank_correlation(pair: Pair) -> Value:
     """Spearman correlation of the two diagonals: agreement in order alone."""
-    left, right = _diagonals(pair)
-    return Value(_pearson(rankdata(left), rankdata(right)), 0.0, pair.method)
+    left, right = measures.diagonals(pair)
+    return Value(measures.pearson(rankdata(left), rankdata(right)), 0.0, pair.method)
 
 
 # -- spectrum ------------------------------------------------------------------------------------
@@ -162,11 +118,11 @@ def eigenspace_overlap(pair: Pair) -> Value:
     By magnitude of the eigenvalues; the dimension ``k`` is ``eigenspace_k``. Two random subspaces
     have ``k / P``.
     """
-    count = _leading_count(pair.reference)
-    _affordable(pair)
-    _, ours, slack = _leading(pair.reference)
-    values, vectors, more = _leading(pair.approximation)
-    if _gap(values, count, pair.size) <= 0:
+    count = measures.leading_count(pair.reference)
+    measures.affordable(pair)
+    _, ours, slack = measures.leading(pair.reference)
+    values, vectors, more = measures.leading(pair.approximation)
+    if measures.gap(values, count, pair.size) <= 0:
         raise NotDefinedError(
             f"Eigenvalues {count} and {count + 1} of the {pair.approximation.name} coincide: its "
             f"leading space of dimension {count} is not unique."
@@ -180,20 +136,20 @@ def eigenspace_overlap(pair: Pair) -> Value:
 @metric("dimension of the eigenspaces")
 def eigenspace_k(pair: Pair) -> Value:
     """The ``k`` of ``eigenspace_overlap``: up to 10, where the reference's spectrum has a gap."""
-    _affordable(pair)
-    return Value(float(_leading_count(pair.reference)), 0.0, pair.method)
+    measures.affordable(pair)
+    return Value(float(measures.leading_count(pair.reference)), 0.0, pair.method)
 
 
 @metric("condition number")
 def condition_number(pair: Pair) -> Value:
     """Condition number of the approximation under its damping; infinite if singular."""
-    return _condition(pair.approximation, pair.own_damping)
+    return measures.condition(pair.approximation, pair.own_damping)
 
 
 @metric("condition number of the reference")
 def reference_condition_number(pair: Pair) -> Value:
     """Condition number of the reference under the same damping; infinite if singular."""
-    return _condition(pair.reference, pair.damping)
+    return measures.condition(pair.reference, pair.damping)
 
 
 @metric("distance of spectra", better="low")
@@ -203,8 +159,8 @@ def spectrum_distance(pair: Pair) -> Value:
     Never more than the relative error (Hoffman and Wielandt 1953): the part of it that no change
     of eigenvectors could mend.
     """
-    _need_nonzero(pair.reference)
-    ours, theirs = _spectra(pair)
+    measures.need_nonzero(pair.reference)
+    ours, theirs = measures.spectra(pair)
     distance = float(torch.linalg.vector_norm(ours - theirs) / torch.linalg.vector_norm(ours))
     return Value(distance, 0.0, pair.method)
 
@@ -212,8 +168,8 @@ def spectrum_distance(pair: Pair) -> Value:
 @metric("Wasserstein distance of spectra", better="low")
 def spectrum_wasserstein(pair: Pair) -> Value:
     """Mean ``|l_i(R) - l_i(B)|`` over the mean ``|l_i(R)|``, sorted: relative 1-Wasserstein."""
-    _need_nonzero(pair.reference)
-    ours, theirs = _spectra(pair)
+    measures.need_nonzero(pair.reference)
+    ours, theirs = measures.spectra(pair)
     return Value(float((ours - theirs).abs().sum() / ours.abs().sum()), 0.0, pair.method)
 
 
@@ -224,18 +180,18 @@ def spectrum_wasserstein(pair: Pair) -> Value:
 def step_angle(pair: Pair) -> Value:
     """Angle between ``(R + damping I)^-1 g`` and ``(B + damping I)^-1 g`` in degrees."""
     ours, slack = pair.reference.solve(pair.gradient, pair.damping)
-    theirs, more = _step(pair)
+    theirs, more = measures.step(pair)
     slack += more
     ours, theirs = ours / ours.norm(), theirs / theirs.norm()
     # accurate for small angles, where the arc cosine is not (Kahan)
     angle = 2 * math.atan2(float((ours - theirs).norm()), float((ours + theirs).norm()))
-    return Value(math.degrees(angle), math.degrees(slack), _solved(pair, slack))
+    return Value(math.degrees(angle), math.degrees(slack), measures.solved(pair, slack))
 
 
 @metric("predicted decrease")
 def predicted_decrease(pair: Pair) -> Value:
     """``g^T (B + damping I)^-1 g / 2``: what the approximation's own quadratic model promises."""
-    return _predicted(pair)
+    return measures.predicted(pair)
 
 
 @metric("actual decrease")
@@ -244,13 +200,13 @@ def actual_decrease(pair: Pair) -> Value:
 
     ``-g^T s - s^T (R + damping I) s / 2``; negative where the step goes too far.
     """
-    return _actual(pair)
+    return measures.actual(pair)
 
 
 @metric("actual over predicted decrease", better="one")
 def decrease_ratio(pair: Pair) -> Value:
     """``actual_decrease / predicted_decrease``: 1 where the model is right along its step."""
-    predicted, actual = _predicted(pair), _actual(pair)
+    predicted, actual = measures.predicted(pair), measures.actual(pair)
     if not predicted.value:
         raise NotDefinedError("The predicted decrease is zero.")
     return Value(
@@ -261,11 +217,11 @@ def decrease_ratio(pair: Pair) -> Value:
 @metric("share of the possible decrease", better="high")
 def step_efficiency(pair: Pair) -> Value:
     """``actual_decrease`` over ``g^T (R + damping I)^-1 g / 2``, the most that is possible."""
-    _need_definite(pair.reference, pair.damping)
+    measures.need_definite(pair.reference, pair.damping)
     best, slack = pair.reference.solve(pair.gradient, pair.damping)
     most = 0.5 * float(pair.gradient @ best)
-    value = _actual(pair).value / most
-    return Value(value, abs(value) * slack, _solved(pair, slack))
+    value = measures.actual(pair).value / most
+    return Value(value, abs(value) * slack, measures.solved(pair, slack))
 
 
 @metric("log-determinant divergence", better="low")
@@ -282,119 +238,3 @@ def stein_divergence(pair: Pair) -> Value:
     overlap = inverse.inner(reference) + pair.damping * inverse.trace()
     value = overlap - (ours - theirs) - pair.size
     return Value(max(value, 0.0), 0.0, pair.method)
-
-
-# -- shared --------------------------------------------------------------------------------------
-
-
-def _rescaled(rr: float, rb: float, bb: float, gap: float) -> float:
-    if not rr:
-        return math.nan
-    return math.sqrt(max(1.0 - (rb * rb / (rr * bb) if bb else 0.0), 0.0))
-
-
-def _norm(facts: Facts) -> float:
-    return math.sqrt(facts.norm2) if facts.known else 0.0
-
-
-def _need_nonzero(facts: Facts) -> None:
-    if facts.known and not facts.norm2:
-        raise NotDefinedError(f"The {facts.name} is zero here.")
-
-
-def _need_definite(facts: Facts, damping: float) -> None:
-    """Refuse a model without a minimum; large matrices are judged by conjugate gradients."""
-    if facts.small and float(facts.eigenvalues[0]) + damping < -facts.tolerance:
-        raise NotDefinedError(
-            f"The {facts.name} with damping {damping:g} is indefinite (smallest eigenvalue "
-            f"{float(facts.eigenvalues[0]):.3g}), so its model has no minimum."
-        )
-
-
-def _affordable(pair: Pair) -> None:
-    for facts in (pair.reference, pair.approximation):
-        if not facts.known:
-            raise facts.too_large("This", "Use cs.eigsh(op, k) on the reference.")
-
-
-def _trace(facts: Facts, pair: Pair) -> Value:
-    try:
-        return Value(facts.trace, 0.0, facts.method)
-    except TooLargeError:
-        if facts is not pair.reference:
-            raise
-        return pair.probes.trace
-
-
-def _diagonals(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
-    found = []
-    for facts in (pair.reference, pair.approximation):
-        diagonal = as_numpy(facts.diagonal)
-        spread = float(np.ptp(diagonal)) if diagonal.size else 0.0
-        if spread <= _CONSTANT * float(np.abs(diagonal).max(initial=0.0)):
-            raise NotDefinedError(f"The diagonal of the {facts.name} is constant.")
-        found.append(diagonal)
-    return found[0], found[1]
-
-
-def _pearson(left: np.ndarray, right: np.ndarray) -> float:
-    left, right = left - left.mean(), right - right.mean()
-    value = float(left @ right) / math.sqrt(float(left @ left) * float(right @ right))
-    return min(1.0, max(-1.0, value))
-
-
-def _gap(values: Tensor, count: int, size: int) -> float:
-    """Gap in magnitude behind the first ``count`` eigenvalues, 0 where it may be rounding."""
-    if count >= size:
-        return math.inf
-    sizes = values.abs()
-    behind = float(sizes[count]) if len(sizes) > count else 0.0
-    gap = float(sizes[count - 1]) - behind
-    noise = max(1e-6 * float(sizes[count - 1]), 1e-9 * float(sizes[0]))
-    return gap if gap > noise else 0.0
-
-
-def _leading(facts: Facts) -> tuple[Tensor, Tensor, float]:
-    return facts.leading(min(_LEADING + 1, facts.size))
-
-
-def _leading_count(reference: Facts) -> int:
-    """The largest dimension up to 10 behind which the reference's spectrum has a gap."""
-    most = min(_LEADING, max(1, reference.size - 1))
-    values = _leading(reference)[0]
-    for count in range(most, 0, -1):
-        if _gap(values, count, reference.size) > 0:
-            return count
-    raise NotDefinedError(f"The leading eigenvalues of the {reference.name} coincide.")
-
-
-def _condition(facts: Facts, damping: float) -> Value:
-    value = condition_of(facts.eigenvalues, damping, facts.tolerance)
-    return Value(value, 0.0, facts.method)
-
-
-def _spectra(pair: Pair) -> tuple[Tensor, Tensor]:
-    ours, theirs = pair.reference.eigenvalues, pair.approximation.eigenvalues
-    return ours.cpu(), theirs.cpu()
-
-
-def _step(pair: Pair) -> tuple[Tensor, float]:
-    """``(B + damping I)^-1 g`` and its relative residual."""
-    return pair.approximation.solve(pair.gradient, pair.own_damping)
-
-
-def _predicted(pair: Pair) -> Value:
-    step, slack = _step(pair)
-    value = 0.5 * float(pair.gradient @ step)
-    return Value(value, abs(value) * slack, _solved(pair, slack))
-
-
-def _actual(pair: Pair) -> Value:
-    step, slack = _step(pair)
-    curved = pair.reference_image(step) + pair.damping * step
-    value = float(pair.gradient @ step) - 0.5 * float(step @ curved)
-    return Value(value, abs(value) * slack, _solved(pair, slack))
-
-
-def _solved(pair: Pair, residual: float) -> str:
-    return "estimated" if residual else pair.method

@@ -10,7 +10,8 @@ import torch
 
 import curvscope.errors as errors
 from curvscope.analysis import compare
-from curvscope.analysis.metrics import METRICS
+from curvscope.analysis.metrics import METRICS, metric
+from curvscope.analysis.pairs import Pair
 from curvscope.operators import (
     BlockDiagonalOperator,
     DenseOperator,
@@ -381,3 +382,21 @@ def test_float32_operators_are_compared_in_float64() -> None:
     other = compare(reference, {"it": single}).row("(all)", "it").error
     assert other == pytest.approx(one, rel=1e-6)
     assert other != one
+
+
+def test_a_new_metric_is_one_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, known in list(METRICS.items()):  # put back what is there after the test
+        monkeypatch.setitem(METRICS, name, known)
+    monkeypatch.setitem(METRICS, "largest_entry", None)
+
+    @metric("largest entry of the difference", better="low")
+    def largest_entry(pair: Pair) -> float:
+        """``max_ij |R_ij - B_ij|``."""
+        return float(pair.difference.abs().max())
+
+    found = compare(cases.reference(), {"it": cases.block_diagonal("Kronecker")})
+    difference = cases.reference_matrix() - cases.block_diagonal("Kronecker").dense()
+    assert found.row("(all)", "it")["largest_entry"] == float(difference.abs().max())
+    assert "largest_entry" in found.to_frame().columns
+    assert found.best("one", "largest_entry").approximation == "it"
+    assert largest_entry.__doc__ == METRICS["largest_entry"].doc

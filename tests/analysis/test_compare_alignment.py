@@ -325,3 +325,69 @@ def test_metrics_can_be_chosen() -> None:
     )
     assert set(bare.rows[0].values) == {"error"}
     assert bare.references[0].best == {}
+
+
+def test_classes_in_words() -> None:
+    found = compare(
+        cases.reference(),
+        {
+            kind: cases.block_diagonal(kind)
+            for kind in ("Kronecker-eigenbasis", "low-rank", "dense")
+        },
+    )
+    whole = {name: found.row("(all)", name).sentence() for name in found.approximations}
+    wanted = "the price of being block-diagonal and diagonal in its Kronecker eigenbasis."
+    assert whole["Kronecker-eigenbasis"].endswith(wanted)
+    assert found.row("one", "low-rank").sentence().endswith("the price of being of rank 3.")
+    assert "price" not in found.row("one", "dense").sentence()
+
+
+def test_scale_errors_are_one_warning_per_approximation() -> None:
+    good = cases.block_diagonal("dense", seed=0)
+    R = good.dense()
+    found = compare(
+        BlockDiagonalOperator(dict(good.blocks), cases.LAYOUT, cases.MEMBERS),
+        {"ten times": good.scaled(10.0), "right": good},
+    )
+    texts = [text for text in found.warnings if "off in scale" in text]
+    assert len(texts) == 1
+    assert texts[0].startswith("ten times is off in scale on one, two and the whole matrix: ")
+    assert "its trace is 10 times" in texts[0]
+    assert "instead of 9" in texts[0]
+    assert float(R.trace()) > 0
+
+
+def test_an_uncovered_block_of_the_reference_is_not_compared() -> None:
+    partial = BlockDiagonalOperator(
+        {"one": cases.block_operators("dense")["one"]}, cases.LAYOUT, cases.MEMBERS
+    )
+    found = compare(partial, {"it": cases.block_diagonal("Kronecker")})
+    assert found.row("two", "it").status == "uncovered"
+    assert "not compared" in found.row("two", "it").note
+    assert found.row("one", "it").status == "compared"
+    whole = found.row("(all)", "it")
+    dense = partial.with_uncovered("zero").dense()
+    assert whole.error == pytest.approx(error(dense, cases.block_diagonal("Kronecker").dense()))
+    assert whole.outside == 0.0
+    assert any("does not define two" in text for text in found.warnings)
+
+
+def test_the_share_outside_needs_all_blocks() -> None:
+    found = compare(
+        cases.reference(), {"it": cases.block_diagonal("Kronecker")}, blocks=["one", "(all)"]
+    )
+    row = found.row("(all)", "it")
+    assert math.isnan(row.outside)
+    assert "blocks=" in row.reasons["outside"]
+    assert row.error > 0
+
+
+def test_a_problem_with_other_parameters_is_no_gradient() -> None:
+    class Stub:
+        layout = Layout(reversed(cases.LAYOUT))
+
+        def gradient(self) -> torch.Tensor:
+            raise AssertionError("must not be asked")
+
+    with pytest.raises(errors.ParameterMismatchError, match="gradient="):
+        compare(cases.reference(), {"it": cases.block_diagonal("diagonal")}, gradient=Stub())

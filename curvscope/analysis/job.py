@@ -1,0 +1,285 @@
+"""Carrying a comparison from block to block, and from the blocks to the whole matrix."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from torch import Tensor
+
+from ..errors import CurvscopeError, MemoryLimitError
+from ..operators import Operator
+from .align import Part, damping_of, part, whole
+from .book import Book, relative, root, share
+from .classes import CLASSES, Nearest
+from .comparison import WHOLE, ReferenceBlock, Row
+from .facts import Facts, Limits
+from .metrics import METRICS
+from .pairs import Moments, Pair, Probes, Value
+from .structure import family
+from .whole import WholeFacts, WholeNearest, WholePair, inside_blocks
+
+_NO_BEST = 1e-9  # a best in class below is rounding
+
+
+class Job:
+    """What a comparison carries from block to block."""
+
+    def __init__(
+        self,
+        reference: Operator,
+        others: dict[str, Operator],
+        gradient: Tensor | None,
+        damping: float | Mapping[str, float] | None,
+        metrics: tuple[str, ...],
+        limits: Limits,
+        best_in_class: bool,
+        thorough: bool,
+    ) -> None:
+        self.reference, self.others = reference, others
+        self.gradient, self.metrics, self.limits = gradient, metrics, limits
+        self.best_in_class, self.thorough = best_in_class, thorough
+        self.dampings = {name: damping_of(op, name, damping) for name, op in others.items()}
+        self.rows: list[Row] = []
+        self.references: list[ReferenceBlock] = []
+        self.parts: list[tuple[tuple[str, ...], Facts]] = []
+        self.nearest: dict[tuple[str, ...], Nearest] = {}
+        self.pairs: dict[str, list[Pair | None]] = {name: [] for name in others}
+        self.failed: set[str] = set()
+        self.products = 0
+        self.converged = True
+
+    # -- one block -------------------------------------------------------------------------------
+
+    def block(self, name: str, members: tuple[str, ...]) -> None:
+        """The rows of one block."""
+        found = self._reference_part(name, members)
+        if found.op is None:
+            note = f"not compared: {found.note}"
+            size = self.reference.layout.restrict(members).numel if self.reference.layout else 0
+            for other in self.others:
+                self.rows.append(Row(name, other, "uncovered", size, note=note))
+            return
+        facts = Facts(found.op, self.limits)
+        nearest = Nearest(facts)
+        probes = once(lambda: Probes(facts))
+        vector = self._part_of_gradient(members)
+        for other, op in self.others.items():
+            self._compare_block(name, members, other, op, facts, nearest, probes, vector)
+        self.references.append(self._describe(name, facts, nearest, found.op))
+        self.parts.append((members, facts))
+        self.nearest[members] = nearest
+        self.products += facts.products
+        for pairs in self.pairs.values():
+            if pairs and pairs[-1] is not None:
+                pairs[-1].release()
+        facts.release()
+
+    def _reference_part(self, name: str, members: tuple[str, ...]) -> Part:
+        try:
+            return part(self.reference, name, members)
+        except MemoryLimitError:  # its own route does not fit; products with it may
+            return Part(self.reference.restrict(members))
+
+    def _compare_block(
+        self,
+        name: str,
+        members: tuple[str, ...],
+        other: str,
+        op: Operator,
+        facts: Facts,
+        nearest: Nearest,
+        probes: Callable[[], Probes],
+        vector: Tensor | None,
+    ) -> None:
+        try:
+            found = part(op, name, members)
+        except CurvscopeError as error:
+            self.failed.add(other)
+            self.pairs[other].append(None)
+            self.rows.append(Row(name, other, "failed", facts.size, family(op), note=str(error)))
+            return
+        if found.op is None:
+            self.pairs[other].append(None)
+            row = Row(name, other, found.status, facts.size, "", note=found.note)
+            self.rows.append(row)
+            return
+        damping, inside = self.dampings[other]
+        pair = Pair(
+            facts,
+            Facts(found.op, self.limits),
+            damping=damping,
+            already_damped=inside,
+            gradient=vector,
+            probes=probes,
+            thorough=self.thorough,
+        )
+        self.pairs[other].append(pair)
+        self.rows.append(self._row(name, other, pair, nearest, found))
+
+    # -- the whole matrix ------------------------------------------------------------------------
+
+    def whole(self, form: bool) -> None:
+        """The rows of the whole matrix."""
+        found = whole(self.reference)
+        if found.op is None:
+            return
+        facts = WholeFacts(found.op, self.limits, self.parts, form=form)
+        nearest = WholeNearest(facts, self.nearest)
+        for other, op in self.others.items():
+            if other in self.failed:
+                note = "one of its blocks, or of the reference's, could not be had"
+                self.rows.append(Row(WHOLE, other, "failed", facts.size, family(op), note=note))
+                continue
+            self._compare_whole(other, whole(op), facts, nearest)
+        if facts.size and not (facts.known or facts.complete or "probes" in vars(facts)):
+            return
+        self.references.append(self._describe(WHOLE, facts, nearest, found.op))
+        self._shares(facts)
+        self.products += facts.products
+        self._check_tolerance(facts)
+
+    def _compare_whole(
+        self, other: str, found: Part, facts: WholeFacts, nearest: WholeNearest
+    ) -> None:
+        if found.op is None:
+            self.rows.append(Row(WHOLE, other, "uncovered", facts.size, "", note=found.note))
+            return
+        damping, inside = self.dampings[other]
+        pair = WholePair(
+            facts,
+            Facts(found.op, self.limits),
+            self.pairs[other] if facts.complete else None,
+            damping=damping,
+            already_damped=inside,
+            gradient=self.gradient,
+            thorough=self.thorough,
+        )
+        self.rows.append(self._row(WHOLE, other, pair, nearest, found, outside=facts))
+        pair.release()
+
+    def _shares(self, facts: WholeFacts) -> None:
+        """Each block's share of the whole energy."""
+        energy = facts.energy
+        total = float(energy.mean()) if isinstance(energy, Tensor) else energy
+        if total:
+            self.references = [
+                ref if ref.block == WHOLE else replace(ref, share=ref.norm**2 / total)
+                for ref in self.references
+            ]
+            self.references[-1] = replace(self.references[-1], share=1.0)
+
+    def _check_tolerance(self, facts: WholeFacts) -> None:
+        tol = self.limits.tol
+        if tol is None or not isinstance(facts.energy, Tensor):
+            return
+        found = Moments(facts.energy, 0.0, 0.0, 0.0, "").apply(lambda rr, *_: rr)
+        self.converged = found.stderr <= tol * found.value
+
+    # -- rows ------------------------------------------------------------------------------------
+
+    def _row(
+        self,
+        name: str,
+        other: str,
+        pair: Pair,
+        nearest: Nearest,
+        found: Part,
+        outside: WholeFacts | None = None,
+    ) -> Row:
+        book = Book()
+        for key in self.metrics:
+            book.enter(key, METRICS[key].function, pair)
+        assert found.op is not None, "rows are of operators"
+        best_class: str | None = None
+        if self.best_in_class:
+            best_class = self._enter_best(book, pair, nearest, found.op)
+        if outside is not None and outside.rows:
+            self._enter_outside(book, outside)
+        self.products += pair.approximation.products
+        return Row(
+            block=name,
+            approximation=other,
+            status=found.status,
+            size=pair.size,
+            family=family(found.op),
+            best_class=best_class,
+            damping=pair.given_damping,
+            values=book.values,
+            stderr=book.stderr,
+            method=book.method,
+            reasons=book.reasons,
+            note=found.note,
+        )
+
+    def _enter_best(self, book: Book, pair: Pair, nearest: Nearest, op: Operator) -> str | None:
+        names: list[str] = []
+
+        def best(_: Pair) -> Value:
+            name, gap = nearest.of(op)
+            names.append(name)
+            return relative(gap, nearest.energy, pair.method)
+
+        book.enter("best_in_class", best, pair)
+        least = book.values["best_in_class"]
+        error = book.values.get("error", math.nan)
+        if math.isnan(least) or math.isnan(error):
+            book.refuse("excess", book.reasons.get("best_in_class", "The error is not known."))
+        elif least <= _NO_BEST:
+            book.refuse("excess", "The class contains the reference: the best error is 0.")
+        else:
+            spread = book.stderr.get("error", 0.0) / least
+            book.put("excess", Value(error / least, spread, book.method["best_in_class"]))
+        return names[0] if names else None
+
+    def _enter_outside(self, book: Book, whole: WholeFacts) -> None:
+        if whole.complete or inside_blocks(whole.given, whole.parts):
+            book.enter("outside", lambda _: share(whole.outside, whole.energy, whole.method), None)
+        else:
+            book.refuse("outside", "Some blocks were left out: pass no blocks=.")
+
+    def _describe(self, name: str, facts: Facts, nearest: Nearest, op: Operator) -> ReferenceBlock:
+        best: dict[str, float] = {}
+        reasons: dict[str, str] = {}
+        for kind in CLASSES if self.best_in_class else ():
+            if name == WHOLE and "Kronecker" in kind and op.view is None:
+                continue
+            book = Book()
+
+            def gap(_: object, kind: str = kind) -> Value:
+                return relative(nearest.gap(kind), nearest.energy, "")
+
+            book.enter(kind, gap, None)
+            best[kind] = book.values[kind]
+            reasons |= book.reasons
+        numbers = Book()
+        numbers.enter("norm", lambda _: root(nearest.energy), None)
+        numbers.enter("trace", lambda _: facts.trace, None)
+        return ReferenceBlock(
+            block=name,
+            size=facts.size,
+            what=op.info.what,
+            route=op.info.route,
+            norm=numbers.values["norm"],
+            trace=numbers.values["trace"],
+            best=best,
+            reasons=reasons | numbers.reasons,
+        )
+
+    def _part_of_gradient(self, members: tuple[str, ...]) -> Tensor | None:
+        if self.gradient is None or self.reference.layout is None:
+            return self.gradient
+        return self.gradient[self.reference.layout.index(members).to(self.gradient.device)]
+
+
+def once(make: Callable[[], Probes]) -> Callable[[], Probes]:
+    """Probes that are drawn when first asked for."""
+    kept: list[Probes] = []
+
+    def get() -> Probes:
+        if not kept:
+            kept.append(make())
+        return kept[0]
+
+    return get
