@@ -25,7 +25,7 @@ from .accumulate import accumulation_dtype
 from .autograd import provenance
 from .gram import RouteFailed, gram_blocks, plans_for, record_batch
 from .kronecker import FactorRun, assemble, collect_factors, kronecker_info, label_kind, prepared
-from .plan import BlockPlan
+from .plan import BlockPlan, broken
 from .products import EMPIRICAL, FISHER, GGN, HESSIAN, Kind
 from .whole import WholeOperator
 
@@ -205,7 +205,12 @@ def _adafisher(problem: Problem, normalise: str | None, uncovered: str) -> Block
             total = problem.batch_total(recording.outputs, targets)
             (seed,) = torch.autograd.grad(total, recording.outputs, retain_graph=True)
             gradients = recording.gradients(seed)
+            if sums:  # what holds for the first batch need not hold for this one
+                left = [plan for name, plan in plans.items() if name not in reasons]
+                reasons.update(broken(problem, recording, left))
             for name, plan in plans.items():
+                if name in reasons:
+                    continue
                 calls = [recording.calls[k] for k in plan.calls]
                 reason = adafisher_reason(plan, calls)
                 if reason is not None:
@@ -214,13 +219,11 @@ def _adafisher(problem: Problem, normalise: str | None, uncovered: str) -> Block
                 into = sums.setdefault(name, {"rows": 0})
                 for k in plan.calls:
                     call, axis, s = recording.calls[k], recording.axes[k], gradients[k]
-                    if axis is None:
-                        reasons[name] = plan.reasons.get("gram", "samples influence each other")
-                        continue
+                    assert axis is not None
                     s = torch.zeros_like(call.outputs) if s is None else s
                     s = (s * problem.scale).to(dtype)
                     if isinstance(call.kind, Scale):
-                        _add_norm(into, call, s)
+                        _add_norm(into, call, s, recording.samples)
                     else:
                         _add_rows(into, plan, call, axis, s, recording.samples, dtype)
     blocks: dict[str, Operator] = {}
@@ -239,8 +242,10 @@ def _adafisher(problem: Problem, normalise: str | None, uncovered: str) -> Block
 
 def adafisher_reason(plan: BlockPlan, calls: list[Call]) -> str | None:
     """Why AdaFisher's factors are not defined for a block; ``None`` where they are."""
+    if "gram" in plan.reasons:
+        return plan.reasons["gram"]
     if not calls:
-        return plan.reasons.get("gram", "the block's parameters are not used")
+        return "the block's parameters are not used"
     first = calls[0]
     if any(c.weight is not first.weight or c.kind.name != first.kind.name for c in calls):
         return "the block spans several layers"
@@ -271,12 +276,12 @@ def _add_rows(
     into["rows"] += a.shape[0] * a.shape[1]
 
 
-def _add_norm(into: dict[str, Any], call: Call, s: Tensor) -> None:
+def _add_norm(into: dict[str, Any], call: Call, s: Tensor, samples: int) -> None:
     features = call.options["features"]
     raw = call.options["raw"].to(s.dtype)
     channels = math.prod(raw.shape[f] for f in features)
     others = [axis for axis in range(raw.ndim) if axis not in features]
-    positions = raw.numel() // (channels * raw.shape[0])
+    positions = raw.numel() // (channels * samples)
     into["q"] = into.get("q", 0) + raw.sum(others).reshape(-1) / positions**2
     into["s"] = into.get("s", 0) + s.sum(others).reshape(-1)
     into["both"] = call.weight is not None and call.bias is not None

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+from torch import Tensor
+
 from ..errors import DataError, OptionError, UnsupportedLossError, check_option
 from ..modes import plain_mode
 from ..problem import Problem, Snapshot
+from ..problem.data import select
 from .gram import record_batch
 from .products import EMPIRICAL, FISHER, GGN, HESSIAN, Kind
 from .whole import WholeOperator
@@ -19,8 +25,8 @@ def _make(problem: Problem, kind: Kind, route: str) -> WholeOperator:
         raise OptionError(f"A Problem is needed, not {type(problem).__name__}.")
     if route == "backpack" and (kind.matrix == EMPIRICAL or kind.samples is not None):
         raise OptionError(
-            f"route='backpack' gives the exact matrix only, not the {kind.title}; use route='auto', "
-            "or cs.backpack.batch_grad and cs.backpack.sqrt_ggn(mc=...)."
+            f"route='backpack' gives the exact matrix only, not the {kind.title}; use "
+            "route='auto', or cs.backpack.batch_grad and cs.backpack.sqrt_ggn(mc=...)."
         )
     problem.check()
     at = problem.snapshot()
@@ -34,6 +40,7 @@ def check_sample_axis(problem: Problem, kind: Kind, at: Snapshot) -> None:
     with problem.session(at):
         inputs, targets = next(problem.batches())
         recording = record_batch(problem, inputs, targets)
+        alone = _last_samples(problem, inputs, recording.samples)
     n, outputs = recording.samples, recording.outputs
     known = outputs.ndim > 0 and outputs.shape[0] == n
     folded = recording.separable_outputs and any(a is not None for a in recording.axes)
@@ -43,6 +50,31 @@ def check_sample_axis(problem: Problem, kind: Kind, at: Snapshot) -> None:
             f"axis of the inputs) they belong to, so the {kind.title} is not defined. Return "
             "outputs with the samples first from forward=, for instance [N, C, T] for tokens."
         )
+    if alone is None or outputs.shape[0] % n:
+        return
+    expected = outputs.detach()[-alone[1] * (outputs.shape[0] // n) :].reshape(-1)
+    tolerance = 10 * torch.finfo(problem.dtype).eps ** 0.5
+    if len(alone[0]) != len(expected) or not torch.allclose(
+        alone[0], expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())
+    ):
+        raise DataError(
+            f"Outputs of shape {list(outputs.shape)} do not hold the {n} samples one after the "
+            f"other: the last {alone[1]} alone give other values than in the batch. So the "
+            f"{kind.title} is not defined. Return the samples first from forward= "
+            "(time-first models: transpose), and samples that do not depend on each other."
+        )
+
+
+def _last_samples(problem: Problem, inputs: Any, samples: int) -> tuple[Tensor, int] | None:
+    """Flat outputs of the last one or two samples by themselves, and how many these are."""
+    count = 2 if samples > 2 else 1
+    if samples < 2 or problem.batchnorm == "batch":
+        return None
+    try:
+        part = select(inputs, torch.arange(samples - count, samples), samples)
+        return problem.outputs(part).detach().reshape(-1), count
+    except (RuntimeError, ValueError, TypeError, IndexError):  # a model for fixed batches
+        return None
 
 
 def hessian(problem: Problem, *, route: str = "auto") -> WholeOperator:

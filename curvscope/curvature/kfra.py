@@ -14,11 +14,17 @@ from ..operators import BlockDiagonalOperator, KroneckerOperator, Operator
 from ..problem import Problem
 from ..problem.cotangents import root_cotangents
 from ..progress import track
+from .accumulate import accumulation_dtype
 from .gram import plans_for, record_batch
 from .kronecker import FactorRun, assemble, collect_factors, kronecker_info, prepared
 from .piecewise import downstream
 from .products import GGN, Kind
 from .recording import Recording
+
+_LENGTHS = (
+    "KFRA averages over samples of equal size, but the number of positions differs from batch to "
+    "batch; use cs.kflr or cs.kfac, or pad."
+)
 
 
 @plain_mode()
@@ -58,8 +64,13 @@ def kfra(problem: Problem, *, uncovered: str = "raise") -> BlockDiagonalOperator
             label = f"KFRA level {level}"
             for inputs, targets in track(problem.batches(), label, total=facts.batches):
                 recording = record_batch(problem, inputs, targets)
+                if total is not None and chain(recording) != order:
+                    raise UnsupportedLayerError(
+                        "KFRA needs the same chain of layers for every batch, but the model takes "
+                        "another path in a later one; use cs.kflr or cs.kfac."
+                    )
                 part, count = _level(problem, recording, targets, order, level, curvature)
-                total = part if total is None else total + part
+                total = part if total is None else _sum(total, part)
                 passes += count / facts.batches
         assert total is not None
         # the loss's own normaliser at the top, plain averages over samples below it
@@ -79,6 +90,12 @@ def kfra(problem: Problem, *, uncovered: str = "raise") -> BlockDiagonalOperator
     )
 
 
+def _sum(left: Tensor, right: Tensor) -> Tensor:
+    if left.shape != right.shape:
+        raise UnsupportedLayerError(_LENGTHS)
+    return left + right
+
+
 def _level(
     problem: Problem,
     recording: Recording,
@@ -91,8 +108,8 @@ def _level(
     k, n = order[level - 1], recording.samples
     z, axis = recording.calls[k].outputs, recording.axes[k]
     assert axis is not None
-    size = z.numel() // n
-    total = torch.zeros(size, size, dtype=z.dtype, device=z.device)
+    size, dtype = z.numel() // n, accumulation_dtype(z.dtype)
+    total = torch.zeros(size, size, dtype=dtype, device=z.device)
     if curvature is None:
         source = recording.outputs
         seeds = root_cotangents(problem.loss, source, targets, n)
@@ -107,6 +124,8 @@ def _level(
         later = order[level]
         source, later_axis = recording.calls[later].outputs, recording.axes[later]
         assert later_axis is not None
+        if curvature.shape[0] != source.numel() // n:
+            raise UnsupportedLayerError(_LENGTHS)
         values, vectors = torch.linalg.eigh(curvature)
         keep = values > values.max().clamp_min(0) * torch.finfo(z.dtype).eps * len(values)
         roots = (vectors[:, keep] * values[keep].sqrt()).mT
@@ -120,7 +139,7 @@ def _level(
     for u in cotangents:
         (gradient,) = torch.autograd.grad(source, z, u, retain_graph=True, allow_unused=True)
         if gradient is not None:
-            rows = axis.first(gradient, n).reshape(n, -1)
+            rows = axis.first(gradient, n).reshape(n, -1).to(dtype)
             total.addmm_(rows.mT, rows)
     return total, len(cotangents)
 

@@ -38,7 +38,7 @@ from .accumulate import accumulation_dtype
 from .autograd import provenance
 from .exact import check_sample_axis
 from .gram import cotangents, pass_count, plans_for, record_batch
-from .plan import BlockPlan
+from .plan import BlockPlan, broken
 from .products import EMPIRICAL, FISHER, GGN, Kind
 from .recording import Recording
 from .whole import WholeOperator
@@ -172,6 +172,9 @@ def collect_factors(
                     if reason is not None:
                         reasons[name] = reason
             chosen = [plans[n] for n in plans if n not in reasons]
+            if found:  # what holds for the first batch need not hold for this one
+                reasons.update(broken(problem, recording, chosen))
+                chosen = [plan for plan in chosen if plan.name not in reasons]
             for plan in chosen:
                 view, weight, bias = _view(plan, recording.calls[plan.calls[0]])
                 rows = _input_rows(plan, recording, sharing, weight, bias)
@@ -199,6 +202,7 @@ def collect_factors(
                         g = g * sign.reshape(-1, 1, 1, 1).to(g)
                     found[plan.name].G += moment(g)
             passes += pass_count(problem, kind, recording)
+    found = {name: factors for name, factors in found.items() if name not in reasons}
     for factors in found.values():
         factors.A /= max(factors.rows, 1)
         factors.G *= problem.scale

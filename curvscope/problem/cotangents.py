@@ -62,14 +62,14 @@ def _generic_roots(
         unit[:, j] = 1.0
         product = output_hessian_product(loss, z, targets, unit.reshape(z.shape))
         columns.append(product.reshape(samples, size))
-    hessians = torch.stack(columns, -1)
+    hessians = torch.stack(columns, -1).to(torch.promote_types(z.dtype, torch.float32))
     values, vectors = torch.linalg.eigh((hessians + hessians.mT) / 2)
     tiny = values.abs().amax(-1, keepdim=True) * torch.finfo(z.dtype).eps * size
     signs = torch.where(values.abs() > tiny, values.sign(), torch.zeros_like(values))
     roots = vectors * values.abs().sqrt().unsqueeze(-2)
     for j in range(size):
         if bool(signs[:, j].any()):
-            yield roots[:, :, j].reshape(z.shape), signs[:, j]
+            yield roots[:, :, j].reshape(z.shape).to(z.dtype), signs[:, j]
 
 
 def sampled_cotangents(

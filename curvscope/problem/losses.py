@@ -143,6 +143,11 @@ class CrossEntropy(Loss):
                     f"Class probabilities {list(targets.shape)} must have the shape of the outputs "
                     f"{list(outputs.shape)}; for class indices use an integer dtype."
                 )
+            if bool((targets < 0).any()):
+                raise TargetError(
+                    f"{self.name} got negative class probabilities; make them non-negative, for "
+                    "instance with softmax."
+                )
             return
         if targets.dtype in (torch.bool,) or targets.is_floating_point() or targets.is_complex():
             raise TargetError(
@@ -324,9 +329,21 @@ class Generic(Loss):
         count: Callable[[Any, Any], float],
         reduction: str,
         check: Callable[[Any, Any], None] | None = None,
+        term: str | None = None,
     ) -> None:
         self.name, self._total, self._count, self.reduction = name, total, count, reduction
-        self._check = check
+        self._check, self.term = check, term
+
+    def terms(self, outputs: Tensor, samples: int) -> Tensor:
+        """Terms are entries of the outputs or rows of them (``term="element"`` or ``"row"``)."""
+        if self.term == "element":
+            return super().terms(outputs, samples)
+        if self.term == "row":
+            return outputs.reshape(samples, outputs.shape[0] // samples, -1)
+        raise UnsupportedLossError(
+            f"The loss {self.name!r} does not say what its terms are, so nothing can be taken per "
+            "term; use per='sample'."
+        )
 
     def total(self, outputs: Tensor, targets: Any) -> Tensor:
         return self._total(outputs, targets)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import (
+    BatchNormError,
     DataError,
     ModelError,
     OptionError,
@@ -209,18 +210,29 @@ class Problem:
 
     def outputs(self, inputs: Any) -> Tensor:
         """The model's outputs for one batch (inside a :meth:`session`)."""
-        if self._forward is not None:
-            outputs = self._forward(self.model, inputs)
-        elif isinstance(inputs, Mapping) or type(inputs) in (tuple, list):
-            outputs = self._call_unpacked(inputs)
-        else:
-            outputs = self.model(inputs)
+        try:
+            outputs = self._call(inputs)
+        except ValueError as error:
+            if self.batchnorm != "batch" or "more than 1 value per channel" not in str(error):
+                raise
+            raise BatchNormError(
+                'batchnorm="batch" is not defined for a batch with one value per channel '
+                f"({error}). Make every batch larger, leave the last one out, or use "
+                'batchnorm="eval".'
+            ) from error
         if not isinstance(outputs, Tensor):
             raise ModelError(
                 f"The model returned {type(outputs).__name__}, not a tensor: say what the outputs "
                 "are with forward=lambda model, inputs: ..."
             )
         return outputs
+
+    def _call(self, inputs: Any) -> Any:
+        if self._forward is not None:
+            return self._forward(self.model, inputs)
+        if isinstance(inputs, Mapping) or type(inputs) in (tuple, list):
+            return self._call_unpacked(inputs)
+        return self.model(inputs)
 
     def _call_unpacked(self, inputs: Any) -> Any:
         try:
@@ -273,7 +285,7 @@ class Problem:
         return first
 
     def _pass(self, seed: int) -> Facts:
-        samples, terms, count, total = 0, 0.0, 0, 0.0
+        samples, terms, count, total, checked = 0, 0.0, 0, 0.0, self._unchecked
         # gradients stay enabled: models may differentiate inside forward, and take other kernels
         # without them
         with self.session():
@@ -283,9 +295,11 @@ class Problem:
                 value = self.batch_total(outputs, targets)
                 if not bool(torch.isfinite(value)):
                     checks.blame(self, inputs, count, float(value))
-                if count == 0 and not self._unchecked:
+                size = sample_count(inputs, targets)
+                if size > 1 and not checked:
                     checks.additive(self, inputs, targets, value)
-                samples += sample_count(inputs, targets)
+                    checked = True
+                samples += size
                 terms += self.loss.count(outputs, targets)
                 total += float(value)
                 count += 1

@@ -182,6 +182,7 @@ def _module_loss(module: nn.Module, reduction: str) -> Loss:
         _samples if by_sample else _elements,
         "sum" if reduction == "sum" else "mean",
         check=None if by_sample and not isinstance(module, nn.KLDivLoss) else _same_shape,
+        term="row" if by_sample else "element",
     )
 
 
@@ -196,10 +197,11 @@ def _callable_loss(loss: Any, reduction: Reduction) -> Loss:
     if reduction == "sum":
         return Generic(name, loss, _samples, "sum")
     count = reduction if callable(reduction) else _samples
+    term = None if callable(reduction) else "row"
 
     def total(outputs: Any, targets: Any) -> Tensor:
         terms = count(outputs, targets)
         # a batch without any term (all targets ignored) has a mean of 0/0 and contributes nothing
         return loss(outputs, targets) * terms if terms else outputs.sum() * 0.0
 
-    return Generic(name, total, lambda o, t: float(count(o, t)), "mean")
+    return Generic(name, total, lambda o, t: float(count(o, t)), "mean", term=term)

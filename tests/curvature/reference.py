@@ -179,6 +179,9 @@ class Reference:
             terms = self.case.terms(z, y)
             return terms, torch.ones_like(terms)
         terms = self._reduced("none")(z, y)
+        if getattr(self.loss, "reduction", None) == "batchmean":
+            terms = terms.sum(1)
+            return terms, torch.ones_like(terms)
         return terms, term_weights(self.loss, z, y).reshape(terms.shape)
 
     @property
