@@ -134,6 +134,14 @@ def test_sign_is_that_of_the_traces() -> None:
     assert best.trace() < 0
 
 
+def test_traceless_factors_are_found() -> None:
+    """The identity, from which semidefinite matrices start, is orthogonal to these."""
+    G, A = sym(3), sym(4, seed=1)
+    A -= A.trace() / 4 * torch.eye(4, dtype=torch.float64)
+    op = DenseOperator(torch.kron(G, A), view=MatrixView(1, 3, 4))
+    assert distance(best_kronecker(op), op.dense()) < 1e-22
+
+
 def test_equal_singular_values_still_give_a_nearest_product() -> None:
     """Two orthogonal products of equal norm: any mixture is as near, and the factors stay PSD."""
     one, two = torch.diag(torch.tensor([1.0, 0.0])), torch.diag(torch.tensor([0.0, 1.0]))
