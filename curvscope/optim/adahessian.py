@@ -124,6 +124,7 @@ class AdaHessian(EveryParameter):
         self.loss_scale: LossScale = None
         self._drawn: list[list[Tensor]] = []  # probes of the step under way, and products with them
         self._products: list[list[Tensor]] = []
+        self._before: Tensor | None = None  # the generator's state before they were drawn
         self._own_gradients = False
         self._fresh = False  # whether parameters came that have no curvature yet
         defaults = {
@@ -196,6 +197,7 @@ class AdaHessian(EveryParameter):
     def _draw(self, parameters: list[nn.Parameter]) -> list[list[Tensor]]:
         """This step's probes: the same ones for all losses of a step."""
         if not self._drawn:
+            self._before = self._generator.get_state()
             draw = self.probes or (lambda parameters: rademacher(parameters, self._generator))
             self._drawn = [
                 fitting(draw(list(parameters)), parameters) for _ in range(self.n_probes)
@@ -207,7 +209,11 @@ class AdaHessian(EveryParameter):
         super().zero_grad(set_to_none)
         self._forget()
 
-    def _forget(self) -> None:
+    def _forget(self, *, undraw: bool = False) -> None:
+        """Drop this step's products; with ``undraw`` its probes will be drawn again."""
+        if undraw and self._before is not None:
+            self._generator.set_state(self._before)
+        self._before = None
         self._drawn, self._products, self._own_gradients = [], [], False
 
     # -- the step --------------------------------------------------------------------------------
@@ -225,15 +231,19 @@ class AdaHessian(EveryParameter):
         if skip:
             self._forget()
             return loss
-        self._check_gradients()
-        self._check_loss(loss)
-        if self._due() and not self._products:
+        try:
+            self._check_gradients()
+            self._check_loss(loss)
+            products = self._joint(scale)
+        except NonFiniteError:
+            self._forget(undraw=True)
+            raise
+        if self._due() and not products:
             raise OptionError(
                 f"{self.method} has no curvature for this step: pass a closure that returns the "
                 "loss, or call optimizer.backward(loss) in place of loss.backward() "
                 "(with or without create_graph=True)."
             )
-        products = self._joint(scale)
         groups = {id(p): group for group in self.param_groups for p in group["params"]}
         for k, (name, p) in enumerate(self.params.items()):
             if p.grad is None:

@@ -226,10 +226,14 @@ def test_diagnostics_are_those_of_the_matrix():
         assert row["F_min"] == pytest.approx(float(diagonal.min()), rel=1e-12)
         assert row["F_max"] == pytest.approx(float(diagonal.max()), rel=1e-12)
         assert row["condition"] == pytest.approx(row["F_max"] / row["F_min"], rel=1e-12)
-        g = torch.cat([optimizer.params[n].grad.reshape(-1) for n in optimizer.blocks[row["block"]]])
+        g = torch.cat(
+            [optimizer.params[n].grad.reshape(-1) for n in optimizer.blocks[row["block"]]]
+        )
         step = g / diagonal
         cosine = float(step @ g / (step.norm() * g.norm()))
-        assert torch.cos(torch.deg2rad(torch.tensor(row["angle"]))) == pytest.approx(cosine, abs=1e-6)
+        assert torch.cos(torch.deg2rad(torch.tensor(row["angle"]))) == pytest.approx(
+            cosine, abs=1e-6
+        )
     assert "condition" in optimizer.diagnostics().to_frame().columns
 
 

@@ -295,7 +295,9 @@ def test_in_place_after_a_layer_that_returns_a_view(shape):
     x, _ = data(0, *shape)
     found = []
     for inplace in (False, True):
-        model = seeded(lambda i=inplace: nn.Sequential(nn.Linear(4, 3), nn.ReLU(i), nn.Linear(3, 2)))
+        model = seeded(
+            lambda i=inplace: nn.Sequential(nn.Linear(4, 3), nn.ReLU(i), nn.Linear(3, 2))
+        )
         optimizer = AdaFisher(model)
         model(x).square().mean().backward()
         optimizer.step()

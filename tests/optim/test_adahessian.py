@@ -279,7 +279,7 @@ def test_attention_is_switched_to_a_kernel_with_a_second_derivative_and_back():
     before = torch.backends.cuda.flash_sdp_enabled()
     optimizer.step(loss)
     assert used == [False] and torch.backends.cuda.flash_sdp_enabled() == before
-    with pytest.raises(UnsupportedLayerError, match="SDPBackend.MATH"):
+    with pytest.raises(UnsupportedLayerError, match=r"SDPBackend\.MATH"):
         optimizer.backward(loss())  # outside a closure the kernel is the user's
     optimizer.zero_grad()
     with sdpa_kernel(SDPBackend.MATH):
@@ -366,8 +366,10 @@ def test_products_that_are_not_finite_name_the_layer():
         model.kink.weight.zero_()
     optimizer = AdaHessian(model)
     before = flat(model)
+    probes = optimizer.state_dict()["curvscope"]["generator"]
     with pytest.raises(NonFiniteError, match="'kink'"):
         optimizer.step(lambda: model(torch.ones(1, 2).double()))
+    assert torch.equal(optimizer.state_dict()["curvscope"]["generator"], probes)
     assert torch.equal(flat(model), before) and optimizer.steps == 0 and not optimizer.state
 
 
@@ -421,7 +423,10 @@ def test_compare_with_the_hessian():
         problem = cs.Problem(model, nn.CrossEntropyLoss(), (x, y))
         comparison = cs.compare(
             cs.hessian(problem),
-            {"AdaHessian": optimizer.curvature(damped=False), "I": cs.best_identity(cs.ggn(problem))},
+            {
+                "AdaHessian": optimizer.curvature(damped=False),
+                "I": cs.best_identity(cs.ggn(problem)),
+            },
         )
         errors = {r.approximation: r.error for r in comparison.rows if r.block == "2"}
         assert errors["AdaHessian"] < errors["I"]
