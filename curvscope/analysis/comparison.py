@@ -117,6 +117,9 @@ def _in_words(kind: str) -> str:
     words = inner.replace("Kronecker-eigenbasis", "diagonal in its Kronecker eigenbasis")
     if words.startswith("rank-"):
         words = f"of rank {words[5:]}"
+    words = words.replace("identity", "a multiple of the identity")
+    if kind != inner and words == "dense":
+        return "block-diagonal"
     return f"block-diagonal and {words}" if kind != inner else words
 
 

@@ -300,20 +300,30 @@ def _unformed(
 def _joint(
     op: Operator, blocks: Mapping[str, Concentration], settings: dict[str, Any], start: float
 ) -> Concentration:
-    """The block-diagonal part, from its blocks."""
+    """The block-diagonal part, from its blocks; eigenvectors of the null model stay within them."""
     parts = [in_float64(block) for block in op.blocks.values()]
     energies = [part.frobenius_norm() ** 2 for part in parts]
     energy, size = math.fsum(energies), sum(part.shape[0] for part in parts)
-    shares = [block.diagonal_share for block in blocks.values()]
-    on_diagonal = math.fsum(e * s for e, s in zip(energies, shares) if e)
+    weights = [e / energy if energy else 0.0 for e in energies]
+
+    def total(numbers: list[float]) -> float:
+        return math.fsum(w * x for w, x in zip(weights, numbers) if w) if energy else math.nan
+
+    nulls = [block.null for block in blocks.values()]
+    spread = total([w * null.diagonal_share_std**2 for w, null in zip(weights, nulls)])
+    null = NullModel(
+        total([null.diagonal_share for null in nulls]),
+        math.sqrt(spread),
+        samples=min(null.samples for null in nulls),
+    )
     warnings = [text for block in blocks.values() for text in block.warnings]
     if op.uncovered:
         warnings.append(f"The {op.info.what} does not define {listing(op.uncovered)}.")
     return Concentration(
         of=f"block diagonal of the {op.info.what}",
         size=size,
-        diagonal_share=on_diagonal / energy if energy else math.nan,
-        null=NullModel.expected(math.fsum(part.trace() for part in parts), energy, size),
+        diagonal_share=total([block.diagonal_share for block in blocks.values()]),
+        null=null,
         noise=settings["noise"],
         blocks=blocks,
         cost=Cost(seconds=time.perf_counter() - start),

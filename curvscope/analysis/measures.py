@@ -85,8 +85,9 @@ def gap(values: Tensor, count: int, size: int) -> float:
     if count >= size:
         return math.inf
     sizes = values.abs()
-    behind = float(sizes[count]) if len(sizes) > count else 0.0
-    gap = float(sizes[count - 1]) - behind
+    if len(sizes) <= count:  # an iteration that has found an invariant subspace, and no more
+        return 0.0
+    gap = float(sizes[count - 1] - sizes[count])
     noise = max(1e-6 * float(sizes[count - 1]), 1e-9 * float(sizes[0]))
     return gap if gap > noise else 0.0
 

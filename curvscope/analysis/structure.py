@@ -164,6 +164,9 @@ def _leading_blocks(op: BlockDiagonalOperator, count: int) -> tuple[Tensor, Tens
         columns.append(wide)
     if not values or (op.uncovered and op._rest):
         return None
+    missing = max(0, count - sum(map(len, values)))  # uncovered rows have eigenvalue zero
+    values.append(values[0].new_zeros(missing))
+    columns.append(columns[0].new_zeros(op.shape[0], missing))
     joint, basis = torch.cat(values), torch.cat(columns, 1)
     order = _largest(joint, count)
     return joint[order], basis[:, order]

@@ -191,6 +191,24 @@ def test_estimates_are_unbiased_and_their_standard_errors_honest(kind: str) -> N
         assert found.std() > 1e-4
 
 
+@pytest.mark.parametrize("kind", cases.KINDS)
+def test_whatever_cannot_be_had_by_products_says_why(kind: str) -> None:
+    """Every class against a matrix known by products, with nothing formed: numbers or reasons."""
+    found = compare(
+        cases.reference(),
+        {"it": cases.block_diagonal(kind)},
+        gradient=cases.normal(23, seed=7),
+        damping=DAMPING,
+        memory=0,
+    )
+    for row in found.rows:
+        assert row.status == "compared"
+        for name in EASY:
+            assert math.isfinite(row[name])
+        for name in [*METRICS, "best_in_class", "excess"]:
+            assert math.isfinite(row[name]) or row.reasons[name].endswith((".", "I"))
+
+
 def test_an_estimate_says_so_and_counts_its_products() -> None:
     reference = cases.reference()
     before = reference.count

@@ -224,7 +224,19 @@ def test_blocks_are_described_one_by_one() -> None:
     assert set(found.blocks["one"].factors) == {"G", "A"}
     dense = op.dense()
     assert found.diagonal_share == pytest.approx(concentration(dense).diagonal_share)
-    assert found.null.diagonal_share == pytest.approx(concentration(dense).null.diagonal_share)
+    # the null model turns eigenvectors within blocks: zeros between them are no concentration
+    energies = {name: float(b.frobenius_norm() ** 2) for name, b in op.blocks.items()}
+    expected = sum(
+        (float(op.blocks[n].trace()) ** 2 + 2 * e) / (op.blocks[n].shape[0] + 2)
+        for n, e in energies.items()
+    ) / sum(energies.values())
+    assert found.null.diagonal_share == pytest.approx(expected)
+    assert found.null.diagonal_share > concentration(dense).null.diagonal_share
+    spreads = [
+        (e / sum(energies.values()) * found.blocks[n].null.diagonal_share_std) ** 2
+        for n, e in energies.items()
+    ]
+    assert found.null.diagonal_share_std == pytest.approx(math.sqrt(sum(spreads)))
     frame = found.to_frame()
     assert list(zip(frame["block"], frame["factor"], strict=True)) == [
         ("one", "G"),
