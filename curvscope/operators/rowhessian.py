@@ -104,11 +104,18 @@ class RowHessianOperator(Operator):
         samples, positions = self._a.shape[:2]
         if self.simple:
             a = self._a[:, 0, 0]
-            joint = a.new_zeros(out * out, inp * inp)
+            # symmetric in the outputs: half of the pairs are enough
+            upper = torch.triu_indices(out, out, device=a.device)
+            left, right = upper[0], upper[1]
+            joint = a.new_zeros(len(left), inp * inp)
+            outer = self._H.reshape(samples, out, out)[:, left, right]
             for part in chunks(samples, inp * inp):
                 squares = (a[part].unsqueeze(2) * a[part].unsqueeze(1)).flatten(1)
-                joint.addmm_(self._H[part].reshape(-1, out * out).mT, squares, alpha=self._scale)
-            dense = joint.reshape(out, out, inp, inp).transpose(1, 2).reshape(self.shape)
+                joint.addmm_(outer[part].mT, squares, alpha=self._scale)
+            pairs = a.new_empty(out, out, inp, inp)
+            pairs[left, right] = joint.reshape(-1, inp, inp)
+            pairs[right, left] = joint.reshape(-1, inp, inp)
+            dense = pairs.transpose(1, 2).reshape(self.shape)
             return self.view.dense_from_matrix(dense)
         dense = self._a.new_zeros(groups, inp, out * self.shape[0])
         for part in chunks(samples, 2 * positions * groups * out * self.shape[0]):
