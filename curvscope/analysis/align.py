@@ -18,6 +18,7 @@ from ..errors import (
 from ..operators import BlockDiagonalOperator, Layout, Operator
 from .coerce import as_operator
 from .comparison import WHOLE
+from .result import listing
 
 Members = dict[str, tuple[str, ...]]
 
@@ -186,7 +187,7 @@ def _covered(op: BlockDiagonalOperator) -> Part:
             return Part(op.blocks[name])
     if not op.uncovered:
         return Part(op)
-    names = ", ".join(op.uncovered)
+    names = listing(op.uncovered)
     if not op.blocks and not _rest(op):
         return Part(None, "uncovered", f"the {op.info.what} does not define {names}")
     taken = "a multiple of the identity" if _rest(op) else "zero"

@@ -94,7 +94,7 @@ class Nearest:
 
     def _gap(self, name: str, view: MatrixView | None) -> Quantity:
         if not self.reference.known:
-            raise self.reference.too_large("The nearest member of a class", "Pass memory=.")
+            raise self.reference.too_large("The nearest member of a class")
         return GAPS[name](self.reference, view)
 
     def of(self, op: Operator) -> tuple[str, Quantity]:
@@ -121,7 +121,7 @@ class Nearest:
         form = eigen_form(op)
         assert form is not None, "the family says so"
         if not self.reference.known:
-            raise self.reference.too_large("The diagonal in that basis", "Pass memory=.")
+            raise self.reference.too_large("The diagonal in that basis")
         factors = form.factors
         source = matrix_of(self.reference)
         found = kronecker_eigenvalue_correction(source, factors["U_G"], factors["U_A"], form.view)

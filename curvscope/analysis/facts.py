@@ -29,6 +29,8 @@ _ROWS = 3000  # beyond, O(d^3) takes more than a few seconds
 _COPIES = 6  # matrices of one size that a comparison holds at its peak
 _STEPS = 500  # of conjugate gradients with a structured matrix
 _LEADING_TOL = 1e-3  # relative residual of leading eigenpairs by products
+_UNSOLVED = 1e-2  # relative residual above which a solution is none
+_ALLOW = "Pass a larger memory= (and, for a whole matrix, budget=) to allow it."
 _SOLVED = 1e-10  # relative residual of conjugate gradients
 
 
@@ -85,7 +87,7 @@ class Facts:
         """How numbers that need all entries are got."""
         return "exact" if self.small else "structured"
 
-    def too_large(self, what: str, instead: str) -> TooLargeError:
+    def too_large(self, what: str, instead: str = _ALLOW) -> TooLargeError:
         return TooLargeError(
             f"{what} of the {self.name} ({self.size:,} rows) would need it to be formed. {instead}"
         )
@@ -95,7 +97,7 @@ class Facts:
         """The matrix in float64, kept until :meth:`release`."""
         if self._dense is None:
             if not self.small:
-                raise self.too_large("The entries", "Pass memory= to allow it.")
+                raise self.too_large("The entries")
             dense = self.op.dense().to(torch.float64)
             if not math.isfinite(float(dense.sum())):  # cheaper than looking at every entry
                 raise NonFiniteError(
@@ -180,7 +182,7 @@ class Facts:
         if rows < self.size and rows <= max(self.limits.rows, _ROWS) and self.structured:
             return self.op.eigenvalues().to(torch.float64).sort().values
         if not self.small:
-            raise self.too_large("All eigenvalues", "Pass memory= to allow it.")
+            raise self.too_large("All eigenvalues")
         return torch.linalg.eigvalsh(self.dense)
 
     @property
@@ -241,7 +243,7 @@ class Facts:
         if has_inverse_form(self.op):
             return self.op.inverse(damping)
         if not self.small:
-            raise self.too_large("The inverse", "Pass memory= to allow it.")
+            raise self.too_large("The inverse")
         return self.formed.inverse(damping)
 
     def solve(self, vector: Tensor, damping: float) -> tuple[Tensor, float]:
@@ -265,7 +267,10 @@ class Facts:
 def conjugate_gradients(
     facts: Facts, vector: Tensor, damping: float, steps: int
 ) -> tuple[Tensor, float]:
-    """``(M + damping I)^-1 vector`` and the relative residual reached."""
+    """``(M + damping I)^-1 vector`` and the relative residual reached.
+
+    Raises ``TooLargeError`` where that residual is too large to be of use.
+    """
     solution = torch.zeros_like(vector)
     residual, square = vector.clone(), float(vector @ vector)
     goal, direction = _SOLVED**2 * square, vector.clone()
@@ -285,4 +290,10 @@ def conjugate_gradients(
         residual -= (square / curvature) * image
         before, square = square, float(residual @ residual)
         direction = residual + (square / before) * direction
-    return solution, math.sqrt(square) / size if size else 0.0
+    reached = math.sqrt(square) / size if size else 0.0
+    if reached > _UNSOLVED:
+        raise TooLargeError(
+            f"Conjugate gradients with the {facts.name} have not converged in {steps} products "
+            f"(relative residual {reached:.2g}). Raise budget= or the damping."
+        )
+    return solution, reached

@@ -48,7 +48,7 @@ def affordable(pair: Pair) -> None:
     """Refuse matrices that are large and known by their products only."""
     for facts in (pair.reference, pair.approximation):
         if not facts.known:
-            raise facts.too_large("This", "Use cs.eigsh(op, k) on the reference.")
+            raise facts.too_large("The leading spectrum", "Use cs.eigsh(op, k).")
 
 
 def trace(facts: Facts, pair: Pair) -> Value:

@@ -251,6 +251,9 @@ def test_steps_with_a_matrix_known_by_products() -> None:
     for name in ("step_angle", "actual_decrease", "decrease_ratio", "step_efficiency"):
         assert found[name] == pytest.approx(exact[name], rel=1e-7), name
     assert "cs.eigsh" in found.reasons["eigenspace_overlap"]
+    short = compare(cases.reference(), op, memory=0, budget=8, gradient=gradient, damping=1e-9)
+    assert "not converged in 8 products" in short.row("(all)", "it").reasons["step_angle"]
+    assert math.isfinite(short.row("(all)", "it")["actual_decrease"])
     indefinite = cases.Products(cases.reference_matrix() - torch.eye(23, dtype=torch.float64))
     row = compare(indefinite, op, memory=0, **options).row("(all)", "it")
     assert "negative" in row.reasons["step_efficiency"]
