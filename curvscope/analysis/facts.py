@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import memory
-from ..errors import CurvscopeError, NonFiniteError, NotDefinedError
+from ..errors import MemoryLimitError, NonFiniteError, NotDefinedError
 from ..operators import DenseOperator, EigenKroneckerOperator, Operator
 from ..operators.numerics import log_determinant
 from .coerce import in_float64
@@ -34,7 +34,7 @@ _ALLOW = "Pass a larger memory= (and, for a whole matrix, budget=) to allow it."
 _SOLVED = 1e-10  # relative residual of conjugate gradients
 
 
-class TooLargeError(CurvscopeError):
+class TooLargeError(MemoryLimitError):
     """A number would need a matrix to be formed that is too large; recorded as the reason."""
 
 
