@@ -94,8 +94,8 @@ def bfgs_update(H: Tensor, s: Tensor, y: Tensor, norm: Tensor) -> Tensor:
     """The BFGS update of ``H``, in place; returns where it was done.
 
     ``H <- H + (rho^2 y^T H y + rho) s s^T - rho (s (Hy)^T + (Hy) s^T)``, ``rho = 1 / s^T y``, which
-    is ``H + s u^T + u s^T`` with ``u = (rho^2 y^T H y + rho) / 2 s - rho Hy``. Skipped (a group stays
-    as it is) unless :func:`acceptable` and finite. Cost: O(n^2).
+    is ``H + s u^T + u s^T`` with ``u = (rho^2 y^T H y + rho) / 2 s - rho Hy``. Skipped (a group
+    stays as it is) unless :func:`acceptable` and finite. Cost: O(n^2).
     """
     Hy = times(H, y)
     rho = 1 / dot(s, y)
@@ -117,8 +117,8 @@ def hessian_action(H: Tensor, A: Tensor, eps: float, mean: Tensor) -> tuple[Tens
     return s, times(A, s) + eps * s
 
 
-def symmetric_inverse(matrix: Tensor, shift: float, what: str = "The factor") -> Tensor:
-    """``(matrix + shift I)^-1`` by Cholesky, exactly symmetric.
+def symmetric_inverse(matrix: Tensor, shift: float | Tensor, what: str = "The factor") -> Tensor:
+    """``(matrix + shift I)^-1`` by Cholesky, exactly symmetric; ``shift`` may be ``[groups, 1]``.
 
     Raises ``SingularError`` if the sum is not positive definite to working precision.
     """
@@ -127,8 +127,9 @@ def symmetric_inverse(matrix: Tensor, shift: float, what: str = "The factor") ->
     triangle, failed = torch.linalg.cholesky_ex(shifted)
     inverse = torch.cholesky_inverse(triangle)
     if bool(failed.any()) or not bool(torch.isfinite(inverse).all()):
+        least = float(torch.as_tensor(shift).amin())
         raise SingularError(
-            f"{what} with {shift:.3g} on its diagonal is not positive definite to working "
+            f"{what} with {least:.3g} on its diagonal is not positive definite to working "
             "precision; raise damping."
         )
     return (inverse + inverse.mT) / 2

@@ -78,6 +78,13 @@ def whole_number(name: str, value: Any) -> int:
     return int(value)
 
 
+def whole(name: str, value: Any, *, least: int = 1) -> None:
+    """Refuse a setting that is not a whole number from ``least`` on."""
+    good = isinstance(value, int | float) and not isinstance(value, bool)
+    if not good or int(value) != value or value < least:
+        raise OptionError(f"{name}={value!r} must be a whole number from {least} on.")
+
+
 def check_group(group: Mapping[str, Any]) -> None:
     """Check the options that all methods have."""
     non_negative("lr", group["lr"])
@@ -148,7 +155,11 @@ class Facts:
 
 def finite(value: Tensor) -> bool:
     """Whether all entries are finite."""
-    return bool(torch.isfinite(value.detach()).all())
+    value = value.detach()
+    # the norm is the faster test; one that overflows calls for the slow one
+    if value.is_floating_point() and math.isfinite(float(torch.linalg.vector_norm(value))):
+        return True
+    return bool(torch.isfinite(value).all())
 
 
 def not_finite(loss: Tensor | None, params: Mapping[str, nn.Parameter]) -> str | None:
@@ -158,7 +169,7 @@ def not_finite(loss: Tensor | None, params: Mapping[str, nn.Parameter]) -> str |
     bad = None
     if loss_is_fine:
         dense = [g.coalesce().values() if g.is_sparse else g for g in gradients.values()]
-        # norms are the fastest test; one that overflows calls for the slow one
+        # all norms at once first, as in finite()
         if not dense or all(math.isfinite(n) for n in torch.stack(_norms(dense)).tolist()):
             return None
         bad = next((n for n, g in zip(gradients, dense) if not finite(g)), None)

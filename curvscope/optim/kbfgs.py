@@ -14,7 +14,6 @@ from ..errors import DataError, NonFiniteError, OptionError
 from ..operators import KroneckerOperator, Operator
 from . import checks, kbfgs_block
 from .base import CurvatureOptimizer
-from .bfgs import symmetric_inverse
 from .layer import CONVOLUTIONS, Layer
 from .passes import (
     Buffers,
@@ -306,9 +305,9 @@ class KBFGS(CurvatureOptimizer):
         H_g, H_a = kbfgs_block.output_inverse(state), state["H_a"]
         if kind == "preconditioner":
             return KroneckerOperator(H_g, H_a, layer.view, positive_semidefinite=True)
-        A = state["A"] if kind == "raw" else exact_inverse(H_a, block)
+        A = state["A"] if kind == "raw" else kbfgs_block.exact_inverse(H_a, block)
         return KroneckerOperator(
-            exact_inverse(H_g, block), A, layer.view, positive_semidefinite=True
+            kbfgs_block.exact_inverse(H_g, block), A, layer.view, positive_semidefinite=True
         )
 
     def _factors(self, block: str) -> dict[str, Tensor]:
@@ -332,9 +331,3 @@ class KBFGS(CurvatureOptimizer):
         """
         self._eigenvalues = eigenvalues
         return super().diagnostics()
-
-
-def exact_inverse(H: Tensor, block: str) -> Tensor:
-    """The inverse of a stored factor, computed in float64."""
-    what = f"An inverse factor of layer {block!r}"
-    return symmetric_inverse(H.double(), 0.0, what).to(H.dtype)

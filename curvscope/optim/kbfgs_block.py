@@ -127,17 +127,34 @@ def diagnose(state: State, last: dict[str, Tensor], eigenvalues: bool) -> dict[s
             state["H_a"], last["input_s"], last["input_y"], last["input_done"]
         )
     if "cosine" in last:
-        found["angle"] = math.degrees(math.acos(min(1.0, max(-1.0, float(last["cosine"])))))
+        found["angle"] = degrees(last["cosine"])
         found["update_norm"] = float(last["update_norm"])
     if eigenvalues:
-        condition = 1.0
-        for name, H in (("H_g", output_inverse(state)), ("H_a", state["H_a"])):
-            values = torch.linalg.eigvalsh(H.double())
-            low, high = float(values.amin()), float(values.amax())
-            found[f"{name}_min"], found[f"{name}_max"] = low, high
-            condition *= high / low if low > 0 else math.inf
-        found["condition"] = condition
+        found |= extremes(H_g=output_inverse(state), H_a=state["H_a"])
     return found
+
+
+def exact_inverse(H: Tensor, block: str) -> Tensor:
+    """The inverse of a stored factor, computed in float64."""
+    what = f"An inverse factor of layer {block!r}"
+    return symmetric_inverse(H.double(), 0.0, what).to(H.dtype)
+
+
+def extremes(**factors: Tensor) -> dict[str, float]:
+    """Extreme eigenvalues of named factors, and the condition number of their Kronecker product."""
+    found: dict[str, float] = {}
+    condition = 1.0
+    for name, H in factors.items():
+        values = torch.linalg.eigvalsh(H.double())
+        low, high = float(values.amin()), float(values.amax())
+        found[f"{name}_min"], found[f"{name}_max"] = low, high
+        condition *= high / low if low > 0 else math.inf
+    return {**found, "condition": condition}
+
+
+def degrees(cosine: Tensor) -> float:
+    """The angle of a cosine."""
+    return math.degrees(math.acos(min(1.0, max(-1.0, float(cosine)))))
 
 
 def _memory(state: State) -> Memory:

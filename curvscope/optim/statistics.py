@@ -82,3 +82,16 @@ class OutputMeans:
         assert self.outputs is not None
         gradients = torch.zeros_like(self.outputs) if self.gradients is None else self.gradients
         return self.outputs / self.rows, gradients * (samples / (self.rows * scale))
+
+
+@dataclass
+class OutputMoments:
+    """``second`` ``[g, o, o]``: sum of ``g g^T`` over the rows of gradients in a layer's output."""
+
+    second: Tensor | None = None
+
+    def add(self, call: LayerCall, gradient: Tensor, dtype: torch.dtype) -> None:
+        """Count one gradient, in one use's outputs."""
+        rows = call.output_rows(gradient.reshape(call.outputs.shape), dtype)
+        second = matmul(rows.mT, rows)
+        self.second = second if self.second is None else self.second + second

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ..layer_calls import LAYER_TYPES
 from ..layers import Call, SampleAxis
@@ -46,6 +47,11 @@ class LayerCall:
     outputs: Tensor
     samples: int
     pass_index: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of statistics: the weight's, float32 at least."""
+        return torch.promote_types(self.layer.weight.dtype, torch.float32)
 
     @cached_property
     def call(self) -> Call:
@@ -233,12 +239,21 @@ def watch_gradient(output: Tensor, receive: Callable[[Tensor], None]) -> None:
     A view (a Linear layer on three axes returns one) drops its hooks when it is changed in place,
     so there the hook goes to the tensor that it views.
     """
-    base, shape = output._base, output.shape
-    whole = base is not None and base.requires_grad and base.numel() == output.numel()
-    if base is not None and whole and base.is_contiguous() and output.is_contiguous():
-        base.register_hook(lambda gradient: receive(gradient.reshape(shape)))
-    else:
-        output.register_hook(receive)
+    shape = output.shape
+    _origin(output).register_hook(lambda gradient: receive(gradient.reshape(shape)))
+
+
+def gradient_edge(output: Tensor) -> GradientEdge:
+    """Where the gradient in ``output`` (up to its shape) can be asked for, also later on."""
+    return get_gradient_edge(_origin(output))
+
+
+def _origin(output: Tensor) -> Tensor:
+    """``output``, or the tensor with the same numbers in the same order that it is a view of."""
+    base = output._base
+    if base is None or not base.requires_grad or base.numel() != output.numel():
+        return output
+    return base if base.is_contiguous() and output.is_contiguous() else output
 
 
 @contextmanager

@@ -1,0 +1,182 @@
+"""The factors of K-FAC on one minibatch, for sampled, exact and observed labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from ..errors import OptionError
+from ..problem.losses import Loss
+from . import checks
+from .labels import Head, head_of_outputs, named_loss, read_loss
+from .statistics import InputMoments, OutputMoments
+from .tap import LayerCall, gradient_edge, measuring
+
+
+@dataclass
+class Moments:
+    """What the passes of one step have seen of a layer."""
+
+    inputs: InputMoments = field(default_factory=InputMoments)
+    outputs: OutputMoments = field(default_factory=OutputMoments)
+
+    @property
+    def complete(self) -> bool:
+        """Whether both factors are there."""
+        return self.inputs.second is not None and self.outputs.second is not None
+
+
+class FisherStatistics:
+    """Collects ``A`` and ``G`` of every layer through the hooks of a :class:`~.tap.LayerTap`.
+
+    ``"empirical"`` takes the gradients of the backward pass itself. ``"mc"`` and ``"exact"`` add
+    backward passes of their own, which give no weight gradients: just before the loss's own one,
+    when :meth:`read` is handed the loss, or (``loss`` given) when that one has reached the outputs
+    of the model. Statistics that no step collects live as long as their graph.
+    """
+
+    def __init__(self, fisher: str, loss: Any, seed: int) -> None:
+        self.fisher = fisher
+        self.loss = named_loss(loss)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.seen: dict[str, Moments] = {}
+        self._terms = 0  # of the losses that were named, for observed labels
+        self._pending: list[tuple[LayerCall, GradientEdge]] = []
+        self._measuring = False
+
+    @property
+    def without_closure(self) -> bool:
+        """Whether a backward pass alone is enough."""
+        return self.fisher == "empirical" or self.loss is not None
+
+    def reset(self) -> None:
+        """Forget everything seen so far."""
+        self.seen, self._pending, self._terms = {}, [], 0
+
+    # -- what hooks call -------------------------------------------------------------------------
+
+    def receive(self, call: LayerCall) -> None:
+        """A layer has been used."""
+        if self.fisher == "empirical":
+            call.on_gradient(self._add_observed)
+            return
+        waiting = self._pending if self.loss is not None else []
+        if waiting and waiting[0][0].pass_index != call.pass_index:
+            self._pending = []  # of a pass whose outputs were never seen
+        self._pending.append((call, gradient_edge(call.outputs)))
+
+    def outputs(self, outputs: Tensor) -> None:
+        """The model has returned: measure this pass once its backward pass begins."""
+        calls, self._pending = self._pending, []
+        if self.loss is None or not outputs.requires_grad or not checks.finite(outputs):
+            return
+        if self.fisher == "empirical":
+            seen = outputs.detach()
+            outputs.register_hook(lambda gradient: self.count_terms(seen))
+        elif calls:
+            heads = [head_of_outputs(outputs, self.loss, calls[0][0].samples)]
+
+            def begin(gradient: Tensor) -> None:
+                if not self._measuring:  # the passes of the measurement come by here, too
+                    self._measure(heads, calls)
+
+            outputs.register_hook(begin)
+
+    def count_terms(self, outputs: Tensor) -> None:
+        """Count the terms of the loss that was named, for these outputs."""
+        if isinstance(self.loss, Loss):
+            summed = self.loss.reduction == "sum"
+            self._terms += 0 if summed else self.loss.terms(outputs, 1).shape[1]
+
+    def read(self, loss: Tensor) -> None:
+        """``loss.backward()`` is about to be called."""
+        if self._pending and checks.finite(loss):
+            self._pending = self._measure(read_loss(loss), self._pending)
+
+    def read_outputs(self, outputs: Any) -> None:
+        """Measure now, by the loss that was named."""
+        calls, self._pending = self._pending, []
+        if not isinstance(outputs, Tensor):
+            raise OptionError(
+                f"With loss= the model must return one tensor, not {type(outputs).__name__}; "
+                "leave loss= out, so that it is read from the loss that the closure returns."
+            )
+        if calls:
+            assert self.loss is not None
+            self._measure([head_of_outputs(outputs, self.loss, calls[0][0].samples)], calls)
+
+    # -- measuring -------------------------------------------------------------------------------
+
+    def _add_observed(self, call: LayerCall, gradient: Tensor) -> None:
+        moments = self.seen.setdefault(call.layer.block, Moments())
+        moments.inputs.add(call, call.dtype)
+        moments.outputs.add(call, gradient, call.dtype)
+
+    def _measure(
+        self, heads: Sequence[Head], calls: Sequence[tuple[LayerCall, GradientEdge]]
+    ) -> list[tuple[LayerCall, GradientEdge]]:
+        """Factors of some passes; returns the calls on which the outputs do not depend."""
+        starts = [edge for _, edge in calls]
+        reached: set[int] = set()
+        self._measuring = True
+        for chosen, cotangents in self._cotangents(heads, calls[0][0].samples):
+            ends = [head.edge for head in chosen]
+            gradients = torch.autograd.grad(
+                ends, starts, cotangents, retain_graph=True, allow_unused=True
+            )
+            with measuring(cotangents[0].device):
+                for k, gradient in enumerate(gradients):
+                    if gradient is not None:
+                        call = calls[k][0]
+                        moments = self.seen.setdefault(call.layer.block, Moments())
+                        moments.outputs.add(call, gradient.detach(), call.dtype)
+                        if k not in reached:
+                            moments.inputs.add(call, call.dtype)
+                            reached.add(k)
+        self._measuring = False
+        return [call for k, call in enumerate(calls) if k not in reached]
+
+    def _cotangents(
+        self, heads: Sequence[Head], samples: int
+    ) -> Iterator[tuple[Sequence[Head], list[Tensor]]]:
+        if self.fisher == "mc":
+            yield heads, [head.sampled(self.generator) for head in heads]
+            return
+        for head in heads:
+            for cotangent in head.exact(samples):
+                yield [head], [cotangent]
+
+    def moments(self, blocks: Sequence[str], scale: float) -> list[Tensor]:
+        """``A``, ``G`` of every block in turn; ``scale`` is a GradScaler's factor in the loss.
+
+        ``A = (1/(N T)) sum a a^T``; ``G = sum w g g^T``, for observed labels with the loss regarded
+        as a mean over N samples, or over the terms of the loss that was named.
+        """
+        found: list[Tensor] = []
+        for block in blocks:
+            inputs, outputs = self.seen[block].inputs, self.seen[block].outputs
+            assert inputs.second is not None and outputs.second is not None
+            factor = 1.0 / scale
+            if self.fisher == "empirical":
+                named = isinstance(self.loss, Loss)
+                factor = (max(self._terms, 1) if named else inputs.samples) / scale**2
+            elif self.loss is not None:  # the loss that was scaled plays no role
+                factor = 1.0
+            found += [inputs.second / inputs.rows, outputs.second * factor]
+        return found
+
+    # -- copies ----------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {**self.__dict__, "seen": {}, "_pending": []}
+        return {**state, "generator": self.generator.get_state()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.generator = torch.Generator()
+        self.generator.set_state(state["generator"])
