@@ -162,7 +162,7 @@ def part(op: Operator, name: str, members: Sequence[str]) -> Part:
     if own.get(name) == members and name in op.blocks:
         return Part(op.blocks[name])
     if own.get(name) == members and name in op.uncovered and not _rest(op):
-        return Part(None, "uncovered", f"the {op.info.what} does not define this block")
+        return Part(None, "uncovered", _missing(op, "this block", name))
     if op.layout is None:
         raise ParameterMismatchError(
             f"The {op.info.what} does not know its parameters, so it has no block {name!r}."
@@ -189,9 +189,16 @@ def _covered(op: BlockDiagonalOperator) -> Part:
         return Part(op)
     names = listing(op.uncovered)
     if not op.blocks and not _rest(op):
-        return Part(None, "uncovered", f"the {op.info.what} does not define {names}")
+        return Part(None, "uncovered", _missing(op, names))
     taken = "a multiple of the identity" if _rest(op) else "zero"
     return Part(op.with_uncovered("zero"), "partial", f"{names} not covered, taken as {taken}")
+
+
+def _missing(op: Operator, what: str, name: str | None = None) -> str:
+    """That a block is not defined, and why if the operator says so."""
+    reasons = op.info.settings.get("uncovered")
+    reason = reasons.get(name) if isinstance(reasons, Mapping) else None
+    return f"the {op.info.what} does not define {what}" + (f": {reason}" if reason else "")
 
 
 def _rest(op: Operator) -> float:
@@ -209,9 +216,9 @@ def damping_of(
     settings = op.info.settings
     given = damping.get(name) if isinstance(damping, Mapping) else damping
     own = settings.get("damping")
-    inside = settings.get("damped") is True and isinstance(own, int | float)
+    inside = settings.get("damped") is True
     if given is None:
-        return (float(own), inside) if isinstance(own, int | float) else (None, False)
+        return float(own) if isinstance(own, int | float) else None, inside
     value = float(given)
     if not value >= 0 or value == float("inf"):
         raise (OptionError if value < 0 else NonFiniteError)(

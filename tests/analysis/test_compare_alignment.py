@@ -110,13 +110,16 @@ def test_finer_and_coarser_blocks_are_brought_together() -> None:
 def test_uncovered_blocks_are_rows_without_numbers_and_count_as_zero() -> None:
     blocks = cases.block_operators("Kronecker")
     partial = BlockDiagonalOperator(
-        {"one": blocks["one"]}, cases.LAYOUT, cases.MEMBERS, info=Provenance(what="K-FAC")
+        {"one": blocks["one"]},
+        cases.LAYOUT,
+        cases.MEMBERS,
+        info=Provenance(what="K-FAC", settings={"uncovered": {"two": "it is an embedding"}}),
     )
     found = compare(cases.reference(), {"it": partial})
     missing = found.row("two", "it")
     assert missing.status == "uncovered"
     assert math.isnan(missing.error)
-    assert "does not define" in missing.note
+    assert missing.note == "the K-FAC does not define this block: it is an embedding"
     assert "says nothing about two" in missing.sentence()
     whole = found.row("(all)", "it")
     assert whole.status == "partial"
