@@ -98,7 +98,7 @@ class Row:
         """``"K-FAC is off by 0.42 on conv1, of which 0.40 is the price of being Kronecker."``"""
         where = "the whole matrix" if self.block == WHOLE else self.block
         if self.status in ("uncovered", "failed"):
-            return f"{self.approximation} says nothing about {where}: {self.note}"
+            return f"{self.approximation} says nothing about {where}: {self.note.rstrip('.')}."
         if math.isnan(self.error):
             reason = self.reasons.get("error", "not computed")
             return f"{self.approximation}'s error on {where} is not known: {reason}"
