@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 from ..curvature import backpack as adapter
 from ..curvature.diagonal import adafisher_reason
-from ..curvature.exact import WholeOperator, empirical_fisher, ggn, hessian
+from ..curvature.exact import empirical_fisher, ggn, hessian
 from ..curvature.gram import record_batch
 from ..curvature.kfra import chain
 from ..curvature.kronecker import kronecker_reason
 from ..curvature.recording import Recording, graph_uses
+from ..curvature.whole import WholeOperator
 from ..errors import CurvscopeError
 from ..memory import format_bytes
 from ..problem import Problem

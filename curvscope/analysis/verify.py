@@ -148,7 +148,9 @@ def verify(
     seed
         Of all random choices (samples, columns, directions).
     samples
-        How many samples to work on; by default at most 64. The costly checks take up to eight.
+        How many samples to work on; by default at most 64, or 16 for models with more than
+        100,000 parameters, of which also fewer blocks are looked at. The costly checks take up to
+        eight samples.
 
     A check that raises counts as failed, with the message. Errors of the problem itself
     (``NonFiniteError``, ``NonDeterministicError``, ``TargetError``, ``DataError``) are raised.

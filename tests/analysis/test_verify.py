@@ -264,19 +264,22 @@ def test_state_of_the_model() -> None:
     problem = models.problem_of(
         models.Stateful, nn.CrossEntropyLoss(), models.inputs(4), models.classes()
     )
-    outcome = check(problem, "state of the model")
+    at = case(problem)
+    outcome = run(CHECKS["state of the model"], at)
     assert outcome.status == "failed"
-    for what in ("'steps'", "'calls'", "'mean'"):
-        assert what in outcome.sentence or "more" in outcome.sentence
+    assert "'steps'" in outcome.sentence
+    for what in ("'steps'", "'mean'", "'calls'", "'history'"):
+        assert any(what in place for place in outcome.details)
     # curvscope itself puts all of that back
-    assert check(problem, "side effects").status == "passed"
-    assert problem.user_model.calls == 0
+    run(CHECKS["objective"], at)
+    assert run(CHECKS["side effects"], at).status == "passed"
+    assert (problem.user_model.calls, problem.user_model.history) == (0, [])
     assert float(problem.user_model.steps) == 0
 
 
-def test_state_inside_a_list_is_a_side_effect() -> None:
+def test_nested_state_is_a_side_effect() -> None:
     problem = models.problem_of(
-        lambda: models.Stateful(keep_list=True),
+        lambda: models.Stateful(nested=True),
         nn.CrossEntropyLoss(),
         models.inputs(4),
         models.classes(),
@@ -285,8 +288,8 @@ def test_state_inside_a_list_is_a_side_effect() -> None:
     run(CHECKS["objective"], at)
     outcome = run(CHECKS["side effects"], at)
     assert outcome.status == "failed"
-    assert "history" in outcome.sentence
-    assert "calls" not in outcome.sentence
+    assert "'log'" in outcome.sentence
+    assert "history" not in outcome.sentence
 
 
 @pytest.mark.parametrize(
@@ -622,6 +625,35 @@ def test_samples_are_bounded() -> None:
     assert small.double.check().batches > 1
     assert small.few.n_samples == 8
     assert small.few.check().batches == 2
+
+
+def test_less_is_looked_at_in_large_models(monkeypatch) -> None:
+    from curvscope.analysis.checks import case as cases
+
+    full = check(models.problem("transformer"), "Hessian blocks")
+    monkeypatch.setattr(cases, "_LARGE", 10)
+    monkeypatch.setattr(cases, "_LARGE_BLOCKS", 2)
+    at = case(models.problem("transformer"))
+    assert (at.double.n_samples, at.few.n_samples) == (16, 4)
+    found = run(CHECKS["Hessian blocks"], at)
+    assert (len(full.details), len(found.details)) == (4, 2)
+    assert full.status == found.status == "passed"
+    assert "2 of 4" in found.sentence
+
+
+def test_what_is_too_expensive_is_left_out(monkeypatch) -> None:
+    from curvscope.analysis.checks import derivatives, gaussnewton
+
+    monkeypatch.setattr(derivatives, "_SECONDS", 0.0)
+    monkeypatch.setattr(gaussnewton, "_SECONDS", 0.0)
+    problem = models.problem("mlp")
+    for name in ("Hessian blocks", "GGN blocks"):
+        found = check(problem, name)
+        assert found.status == "skipped"
+        assert "0 (about 0 s by" in found.sentence
+    assert check(problem, "K-FAC on one sample").status == "skipped"
+    # one backward pass is never too expensive
+    assert check(problem, "empirical Fisher by sample").status == "passed"
 
 
 def test_one_sample() -> None:

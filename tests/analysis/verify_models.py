@@ -209,22 +209,24 @@ def custom(function: type[torch.autograd.Function]) -> cs.Problem:
 
 
 class Stateful(nn.Module):
-    """Counts its calls in a buffer, a replaced buffer, an attribute and, if asked, a list."""
+    """Counts its calls in buffers, an attribute, a list and, if asked, a nested list."""
 
-    def __init__(self, keep_list: bool = False) -> None:
+    def __init__(self, nested: bool = False) -> None:
         super().__init__()
         self.layer = nn.Linear(4, 3)
         self.register_buffer("steps", torch.zeros(()))
         self.register_buffer("mean", torch.zeros(4))
         self.calls = 0
-        self.history: list[int] | None = [] if keep_list else None
+        self.history: list[int] = []
+        self.log: dict[str, list[int]] = {"calls": []} if nested else {}
 
     def forward(self, x: Tensor) -> Tensor:
         self.steps += 1
         self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
         self.calls += 1
-        if self.history is not None:
-            self.history.append(self.calls)
+        self.history.append(self.calls)
+        for entries in self.log.values():
+            entries.append(self.calls)
         return self.layer(x)
 
 

@@ -252,10 +252,10 @@ def own_state(case: Case) -> Outcome:
     sentence = f"A forward pass under eval() changes the model: {listing(found)}."
     advice = (
         "curvscope puts flags, buffers and attributes back after every computation (not what is "
-        "inside lists and objects); other tools do not. Keep state out of forward(), or guard it "
-        "with self.training."
+        "nested inside containers and objects); other tools do not. Keep state out of forward(), "
+        "or guard it with self.training."
     )
-    return Outcome(FAILED, sentence, float(len(found)), 0.0, advice)
+    return Outcome(FAILED, sentence, float(len(found)), 0.0, advice, dict.fromkeys(found, 1.0))
 
 
 @register("side effects", about=CURVSCOPE, decides=("leaving your objects unchanged",))
@@ -271,8 +271,8 @@ def side_effects(case: Case) -> Outcome:
             0.0,
         )
     advice = (
-        "curvscope puts everything back that lies in the model itself. What a forward pass changes "
-        "inside lists, dictionaries or other objects stays changed: keep such state out of it."
+        "curvscope puts back what lies in the modules themselves. What a forward pass changes in "
+        "nested containers or other objects stays changed: keep such state out of it."
     )
     sentence = f"Not as before: {listing(found)}."
     return Outcome(FAILED, sentence, float(len(found)), 0.0, advice, dict.fromkeys(found, 1.0))

@@ -18,7 +18,9 @@ from .. import truth
 from ..batches import Batch, cut, merge
 from .marks import Marks
 
-_FEW = 8  # samples where a check takes a backward pass per output or column
+_SAMPLES, _FEW = 64, 8  # samples, and samples where a check takes many backward passes
+_LARGE = 100_000  # parameters from which on fewer samples, columns and blocks are looked at
+_LARGE_SAMPLES, _LARGE_FEW, _LARGE_BLOCKS = 16, 4, 12
 
 
 @dataclass
@@ -49,10 +51,15 @@ class Case:
     def eps(self) -> float:
         return float(torch.finfo(self.double.dtype).eps)
 
+    @property
+    def large(self) -> bool:
+        """Whether the model is so large that less of it is looked at."""
+        return self.double.layout.numel > _LARGE
+
     @cached_property
     def few(self) -> Problem:
         total = self.double.n_samples
-        chosen = self.draw(total, min(_FEW, total), 50)
+        chosen = self.draw(total, min(_LARGE_FEW if self.large else _FEW, total), 50)
         if self.merged is None:
             return in_two(self.double.subset(len(chosen), self.seed))
         size = len(chosen)
@@ -105,11 +112,17 @@ class Case:
         return sorted(torch.randperm(size, generator=generator)[:count].tolist())
 
     def block_columns(self) -> tuple[list[int], dict[str, list[int]]]:
-        """Random rows of every block: their numbers in the whole, and block -> numbers in it."""
+        """Random rows of every block: their numbers in the whole, and block -> numbers in it.
+
+        Of a large model, one row each of some blocks.
+        """
         rows, local = [], {}
-        for salt, (name, members) in enumerate(self.double.blocks.items()):
+        blocks = list(self.double.blocks.items())
+        if self.large:
+            blocks = [blocks[k] for k in self.draw(len(blocks), _LARGE_BLOCKS, 99)]
+        for salt, (name, members) in enumerate(blocks):
             index = self.double.layout.index(members)
-            local[name] = self.draw(len(index), self.columns, 100 + salt)
+            local[name] = self.draw(len(index), 1 if self.large else self.columns, 100 + salt)
             rows += index[local[name]].tolist()
         return rows, local
 
@@ -170,7 +183,8 @@ def in_two(problem: Problem) -> Problem:
 def prepare(problem: Problem, samples: int | None, columns: int, seed: int, before: Marks) -> Case:
     """Choose the samples and copy the model to float64 where it is in lower precision."""
     notes: list[str] = []
-    count = min(problem.n_samples, samples or 64)
+    usual = _LARGE_SAMPLES if problem.layout.numel > _LARGE else _SAMPLES
+    count = min(problem.n_samples, samples or usual)
     own = _chosen(problem, count, seed, notes)
     own.check()
     double = own

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...curvature.exact import hessian
+from ...curvature.products import EMPIRICAL
 from ...curvature.whole import WholeOperator
 from .. import truth
 from ..result import listing, number
@@ -184,7 +185,8 @@ def compare_blocks(case: Case, op: WholeOperator, true: Tensor, against: str) ->
         routes[name] = op.route_of(name)
         seconds = _price(case, op, name)
         if seconds > _SECONDS:
-            left_out.append(f"{name} (about {seconds:.0f} s by {routes[name]!r})")
+            price = f"about {seconds:.0f} s" if math.isfinite(seconds) else "too large"
+            left_out.append(f"{name} ({price} by {routes[name]!r})")
             continue
         block = op.blocks[name]
         routes[name] = block.info.route
@@ -203,8 +205,8 @@ def compare_blocks(case: Case, op: WholeOperator, true: Tensor, against: str) ->
         sentence = f"{what} blocks differ from {against}: {listing(named)}.{left}"
     else:
         sentence = (
-            f"{len(details)} {what} blocks (routes {', '.join(used)}) agree with {against} in "
-            f"{case.columns} random columns each up to {number(details[worst], 2)}.{left}"
+            f"{len(details)} of {len(case.few.blocks)} {what} blocks (routes {', '.join(used)}) "
+            f"agree with {against} in random columns up to {number(details[worst], 2)}.{left}"
         )
     advice = "Report this with the model; meanwhile force route='autograd'."
     return judged(details[worst], case.exact, sentence, advice=advice, details=details)
@@ -224,8 +226,8 @@ def _price(case: Case, op: WholeOperator, name: str) -> float:
         if plan.positions > 1 and plan.size > 4096:  # would be formed densely
             return math.inf
         return 3 * plan.positions * plan.outputs * case.gradient_seconds
-    if route == "autograd":
-        return 0.0  # a product per column
+    if route == "autograd" or op.kind.matrix == EMPIRICAL:
+        return 0.0  # a product per column, or one backward pass
     return case.outputs_per_sample * case.gradient_seconds
 
 

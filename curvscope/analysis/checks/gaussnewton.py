@@ -31,6 +31,7 @@ from .derivatives import KINK, compare_blocks, unit_columns
 from .differences import derivative, unit_scale
 
 _PASSES = 1500  # backward passes that one check may take for labels or outputs
+_SECONDS = 20.0  # how long they may take
 _REPORT = (
     "If the gradient check fails as well, mend that first; otherwise report this with the model "
     "and the loss, and do not use this matrix meanwhile."
@@ -75,7 +76,7 @@ def ggn_blocks(case: Case) -> Outcome:
     op = ggn(case.few)
     passes = case.outputs_per_sample * case.few.n_samples
     size = passes * (passes + op.shape[0])
-    if passes <= _PASSES and size < 2e8:
+    if _affordable(case, passes) and size < 2e8:
         true, against = truth.ggn_columns(case.few, rows, dtype=case.few.dtype), "the definition"
     else:
         true, against = op @ unit_columns(rows, op.shape[0], op), "matrix-free products"
@@ -92,7 +93,7 @@ def fisher_labels(case: Case) -> Outcome:
     op = fisher(problem)
     labels = 2 if problem.loss.likelihood == "Bernoulli" else 1
     passes = labels * case.outputs_per_sample * problem.n_samples
-    if passes <= _PASSES:
+    if _affordable(case, passes):
         rows, _ = case.block_columns()
         true = truth.fisher_columns(problem, rows, dtype=problem.dtype)
         found = op @ unit_columns(rows, op.shape[0], op)
@@ -172,11 +173,15 @@ def one_sample(case: Case) -> Outcome:
     one = _with_terms(problem, case.seed)
     if one is None:
         return skipped("No single sample has a term that counts.")
-    op, exact = kfac(one), ggn(one)
+    exact = ggn(one)
+    once = [name for name, plan in exact.plans.items() if plan.positions == 1]
+    if once and case.outputs_per_sample * case.gradient_seconds > _SECONDS:
+        return skipped(f"It would take {case.outputs_per_sample} backward passes.")
     details = {}
-    for salt, (name, block) in enumerate(op.blocks.items()):
-        plan = exact.plans[name]
-        if plan.positions != 1 or not isinstance(block, KroneckerOperator):
+    blocks = kfac(one).blocks if once else {}
+    for salt, name in enumerate(n for n in once if n in blocks):
+        block = blocks[name]
+        if not isinstance(block, KroneckerOperator):
             continue
         columns = case.draw(block.shape[0], case.columns, 400 + salt)
         units = unit_columns(columns, block.shape[0], block)
@@ -196,6 +201,10 @@ def one_sample(case: Case) -> Outcome:
 # -- pieces -----------------------------------------------------------------------------------
 
 _BATCH = 'under batchnorm="batch" there are no gradients of single samples'
+
+
+def _affordable(case: Case, passes: int) -> bool:
+    return passes <= _PASSES and passes * case.gradient_seconds <= _SECONDS
 
 
 def _agreement(value: float, tolerance: float, what: str, against: str) -> str:
