@@ -7,6 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from tests.fixtures_side_effects import install, side_effects
+
+__all__ = ["side_effects"]  # a fixture for every test
+
+install()
+
 # Results must not depend on how many cores a machine has, and pytest-xdist shares the cores.
 torch.set_num_threads(1)
 

@@ -68,9 +68,7 @@ def some_ignored(classes: int, *shape: int, index: int = -100) -> Draw:
 
 
 def soft(classes: int, *shape: int) -> Draw:
-    return lambda n, g: torch.randn(
-        n, classes, *shape, generator=g, dtype=torch.float64
-    ).softmax(1)
+    return lambda n, g: torch.randn(n, classes, *shape, generator=g, dtype=torch.float64).softmax(1)
 
 
 def both(*draws: Draw) -> Draw:
@@ -455,9 +453,7 @@ case(
     data((2, 2), real(2, 4), labels(3, 2)),
 )
 for n in (2, 3, 4, 5):  # as many samples as positions: which axis is which?
-    case(
-        f"attention-first-token-{n}", FirstToken, MSE(), data((n,), real(n, 2), real(2))
-    )
+    case(f"attention-first-token-{n}", FirstToken, MSE(), data((n,), real(n, 2), real(2)))
 case(
     "transformer-layer",
     lambda: S(

@@ -167,13 +167,9 @@ class Functional(nn.Module):
 class Attention(nn.Module):
     """One attention layer between projections; positions or samples first inside."""
 
-    def __init__(
-        self, batch_first: bool, kdim: int | None = None, vdim: int | None = None
-    ) -> None:
+    def __init__(self, batch_first: bool, kdim: int | None = None, vdim: int | None = None) -> None:
         super().__init__()
-        self.attention = nn.MultiheadAttention(
-            4, 2, batch_first=batch_first, kdim=kdim, vdim=vdim
-        )
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=batch_first, kdim=kdim, vdim=vdim)
         self.head = nn.Linear(4, 3)
         self.batch_first, self.kdim, self.vdim = batch_first, kdim, vdim
 
