@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _HEIGHT = 0.19  # inches per bar
+_NO_BEST = 1e-9  # a best in class below is that of a class without limits
 
 
 @styled
@@ -43,7 +44,9 @@ def plot_comparison(
     single = len(groups) == 1
     bars = sum(len(group) for group in groups.values()) + (len(groups) - 1)
     ax = axes_for(ax, width=6.6, height=1.0 + _HEIGHT * bars + (0 if single else 0.3))
-    tint = colours(list(dict.fromkeys(row.approximation for row in rows)), exact=0)
+    # A single group has its names beside the bars, which leaves colour to tell the families apart.
+    tag = (lambda row: row.family or "none") if single else (lambda row: row.approximation)
+    tint = colours(list(dict.fromkeys(tag(row) for row in rows)), exact=0)
     log = min(values) > 0 and max(values) > 20 * min(values)
     floor = 10 ** math.floor(math.log10(min(values))) if log else min(0.0, *values)
     if log:
@@ -55,10 +58,10 @@ def plot_comparison(
     for name, group in groups.items():
         start = place
         for row in group:
-            _bar(ax, place, row, metric, tint[row.approximation], floor)
+            _bar(ax, place, row, metric, tint[tag(row)], floor)
             if single:
                 ticks.append(place)
-                texts.append(short(row.approximation))
+                texts.append(short(row.approximation, 34))
             place += 1
         if not single:
             ticks.append((start + place - 1) / 2)
@@ -119,7 +122,7 @@ def _bar(ax: Axes, place: float, row: Row, metric: str, colour: str, floor: floa
     spread = row.stderr.get(metric, math.nan)
     if math.isfinite(spread) and spread > 0:
         ax.errorbar(value, place, xerr=spread, color=INK, lw=0.9, capsize=2)
-    if metric == "error" and math.isfinite(row.best_in_class):
+    if metric == "error" and row.best_in_class > _NO_BEST:
         ax.plot(
             [max(row.best_in_class, floor)],
             [place],
@@ -132,16 +135,15 @@ def _bar(ax: Axes, place: float, row: Row, metric: str, colour: str, floor: floa
         )
 
 
-def _legend(
-    ax: Axes, rows: list[Row], metric: str, tint: Mapping[str, str], single: bool
-) -> None:
+def _legend(ax: Axes, rows: list[Row], metric: str, tint: Mapping[str, str], single: bool) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
+    shown = {name: colour for name, colour in tint.items() if name != "none"}
     handles: list[object] = []
-    if not single:
-        handles = [Patch(color=colour, label=short(name)) for name, colour in tint.items()]
-    if metric == "error" and any(math.isfinite(row.best_in_class) for row in rows):
+    if len(shown) > 1 or not single:
+        handles = [Patch(color=colour, label=short(name)) for name, colour in shown.items()]
+    if metric == "error" and any(row.best_in_class > _NO_BEST for row in rows):
         handles.append(
             Line2D(
                 [], [], marker="|", ms=9, mew=2.2, color=INK, ls="none", label="best of its class"
@@ -151,12 +153,7 @@ def _legend(
         handles.append(Line2D([], [], color=INK, lw=0.9, label="standard error"))
     if not handles:
         return
-    if single:
-        ax.legend(
-            handles=handles, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=len(handles)
-        )
-    else:
-        ax.legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    ax.legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5))
 
 
 def _metric_title(metric: str) -> str:

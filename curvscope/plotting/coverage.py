@@ -31,8 +31,8 @@ def plot_coverage(coverage: Coverage, *, ax: Axes | None = None, title: str | No
     from matplotlib.patches import Patch
 
     rows, methods = coverage.parameters, coverage.methods
-    size = (2.4 + 0.27 * len(methods), 1.5 + 0.2 * len(rows))
-    ax = axes_for(ax, width=size[0], height=size[1])
+    size = (2.4 + 0.27 * len(methods), 2.0 + 0.2 * len(rows))
+    ax = axes_for(ax, width=max(size[0], 4.5), height=size[1])
     state = {
         (cell.parameter, cell.method): _state(cell.status, cell.route) for cell in coverage.cells
     }
@@ -61,7 +61,7 @@ def plot_coverage(coverage: Coverage, *, ax: Axes | None = None, title: str | No
         handles=[Patch(color=_FILL[kind], label=_TEXT[kind]) for kind in seen],
         loc="upper left",
         bbox_to_anchor=(0.0, -0.01),
-        ncols=2,
+        ncols=2 if len(methods) > 10 else 1,
     )
     if title is not None:
         ax.set_title(title)

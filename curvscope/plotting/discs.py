@@ -44,16 +44,9 @@ def plot_gershgorin(
     _eigenvalues(ax, concentration, circles)
     ax.set_xlabel("eigenvalue / mean diagonal entry")
     ax.grid(True, axis="x")
-    ax.legend(
-        loc="lower right",
-        bbox_to_anchor=(1.0, 1.0),
-        ncols=2,
-        title=f"{int(alone.sum())} of {len(centres)} discs touch no other",
-        alignment="right",
-        title_fontsize=8,
-    )
-    if title is not None:
-        ax.set_title(title)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, columnspacing=1.2)
+    apart = f"{int(alone.sum())} of {len(centres)} discs touch no other"
+    ax.set_title(apart if title is None else f"{title}: {apart}")
     return ax
 
 
@@ -123,7 +116,7 @@ def _eigenvalues(ax: Axes, concentration: Concentration, circles: bool) -> None:
             ms=4,
             mew=0.7,
             color=NEGATIVE,
-            label="eigenvalue with noise",
+            label="with noise",
         )
     if len(clean):
         ax.plot(
@@ -199,7 +192,7 @@ def plot_fourier(
     top = float(shifted.max())
     norm = LogNorm(top * 1e-4, top)
     image = ax.imshow(
-        np.maximum(shifted, norm.vmin),
+        np.maximum(shifted, top * 1e-4),
         norm=norm,
         cmap=SIZE_MAP,
         extent=(-0.5, 0.5, -0.5, 0.5),

@@ -173,7 +173,7 @@ def _bar(image: Any, row: Sequence[Axes], scale: str) -> None:
     limit = image.norm.vmax
     if scale == "symlog":
         small = limit * 10.0**-_DECADES
-        bar.set_ticks([-limit, -(limit * small) ** 0.5, 0.0, (limit * small) ** 0.5, limit])
+        bar.set_ticks([-limit, -((limit * small) ** 0.5), 0.0, (limit * small) ** 0.5, limit])
         bar.ax.minorticks_off()
     elif scale == "linear":
         bar.set_ticks([-limit, -limit / 2, 0.0, limit / 2, limit])

@@ -136,5 +136,3 @@ def _flat(named: Mapping[str, Concentration]) -> dict[str, Concentration]:
         else:
             found[name] = one
     return found
-
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -124,14 +125,13 @@ def plot_histogram(
         return ax
     sizes = np.abs(values)
     seen = sizes[sizes > max(spectrum.tolerance, top * 1e-12)]
-    floor = 10 ** np.floor(np.log10(seen.min()))
+    floor = min(10.0 ** math.floor(math.log10(float(seen.min()))), top / 10)
     edges = np.geomspace(floor, top * (1 + 1e-9), bins + 1)
-    step = 1.0
     for sign, colour, label in ((1, PALETTE[0], "positive"), (-1, NEGATIVE, "negative")):
         counts, _ = np.histogram(sign * values, bins=edges)
         if counts.any():
-            places = sign * (1 + step * np.arange(bins))
-            ax.bar(places, counts, width=0.92, color=colour, label=f"{label} ({counts.sum():,})")
+            centres = sign * np.arange(1, bins + 1)
+            ax.bar(centres, counts, width=0.92, color=colour, label=f"{label} ({counts.sum():,})")
     inside = int((sizes < edges[0]).sum())
     if inside:
         ax.bar([0], [inside], width=0.92, color="#9aa3ab", label=f"about zero ({inside:,})")

@@ -76,7 +76,8 @@ def style() -> Iterator[None]:
     """Inside, matplotlib draws in this package's style; the user's settings come back after."""
     import matplotlib
 
-    with matplotlib.rc_context(dict(RC)):
+    settings: Any = dict(RC)  # newer releases type the names one by one
+    with matplotlib.rc_context(settings):
         yield
 
 
@@ -112,7 +113,7 @@ def axes_row(axes: Sequence[Axes] | None, count: int, *, side: float = 2.6) -> l
     import matplotlib.pyplot as plt
 
     size = (side * count + 0.8, side + 0.5)
-    figure, made = plt.subplots(1, count, figsize=size, layout="constrained", squeeze=False)
+    _, made = plt.subplots(1, count, figsize=size, layout="constrained", squeeze=False)
     return list(made[0])
 
 

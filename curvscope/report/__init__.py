@@ -1,1 +1,114 @@
 """Everything about one Problem in one page: see :func:`make_report`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import OptionError
+from ..problem import Problem
+from .write import atomic_folder, check_output
+
+__all__ = ["ReportPaths", "check_output", "make_report"]
+
+
+@dataclass(frozen=True)
+class ReportPaths:
+    """Where a report lies: its folder, the page, the data, the tables and the figures."""
+
+    folder: Path
+    html: Path
+    json: Path
+    csv: Path
+    figures: Path
+
+    @classmethod
+    def of(cls, folder: Path) -> ReportPaths:
+        """The paths of a report in ``folder``."""
+        return cls(
+            folder,
+            folder / "report.html",
+            folder / "report.json",
+            folder / "csv",
+            folder / "figures",
+        )
+
+    def __fspath__(self) -> str:
+        return str(self.html)
+
+
+def make_report(
+    problem: Problem,
+    out: str | os.PathLike[str],
+    *,
+    hessian: bool = True,
+    verification: bool = True,
+    probes: int = 16,
+    damping: float | None = None,
+    seed: int = 0,
+    command: str = "",
+) -> ReportPaths:
+    """Compute everything about a problem and write it as one page with its data into ``out``.
+
+    The folder gets ``report.html`` (one file that needs no network), ``report.json`` (all numbers
+    and settings; see ``docs/report-schema.md``), ``csv/`` and ``figures/`` (SVG and PNG). It takes
+    its name at the very end: after an error or an interruption there is what was there before.
+
+    Parameters
+    ----------
+    problem
+        What to look at; nothing of it is changed.
+    out
+        The folder. It may exist if it is empty or an earlier report and nothing else.
+    hessian
+        Whether to compute the Hessian beside the GGN: by far the larger part of the time for
+        networks that are not piecewise linear.
+    verification
+        Whether to run :func:`curvscope.verify`.
+    probes
+        Of the Hutchinson diagonals; at least two, since one has no standard error.
+    damping
+        Added to both matrices in metrics of steps and determinants. Default: the mean eigenvalue of
+        the GGN, to two digits.
+    seed
+        Of everything random.
+    command
+        How the report was asked for, repeated in it.
+
+    Returns the paths. Raises ``OutputError``, before computing anything, for a folder that cannot
+    be written or holds something else, and the errors of the problem itself.
+    """
+    if not isinstance(problem, Problem):
+        raise OptionError(f"A Problem is needed, not {type(problem).__name__}.")
+    if isinstance(probes, bool) or not isinstance(probes, int) or probes < 2:
+        raise OptionError(f"probes={probes!r} must be an integer of at least 2.")
+    if damping is not None and not (0 <= damping < float("inf")):
+        raise OptionError(f"damping={damping!r} must be a finite number of at least 0.")
+    from .collect import collect
+    from .findings import Settings
+
+    settings = Settings(hessian, verification, probes, damping, seed)
+    with atomic_folder(out) as (draft, target):
+        _write(collect(problem, settings), draft, command)
+    return ReportPaths.of(target)
+
+
+def _write(found: Any, folder: Path, command: str) -> None:
+    from ..progress import track
+    from .document import make_document, write_json, write_tables
+    from .figure_plans import plans
+    from .figures import make_pictures
+    from .page import render
+
+    (folder / "figures").mkdir()
+    (folder / "csv").mkdir()
+    drawn = make_pictures(found, folder / "figures")
+    pictures = list(track(drawn, "Figures", total=len(plans(found))))
+    document = make_document(found, pictures, command)
+    (folder / "report.html").write_text(render(found, pictures, document), encoding="utf-8")
+    write_tables(found, folder / "csv")
+    files = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
+    document["files"] = sorted([*files, "report.json"])
+    write_json(document, folder / "report.json")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from .. import curvature
+from ..analysis import Comparison
 from ..errors import CurvscopeError
 from ..operators import (
     Operator,
@@ -245,3 +248,37 @@ class Made:
 def operators(entries: Sequence[Approximation]) -> dict[str, Operator]:
     """Those that exist, by name."""
     return {entry.name: entry.op for entry in entries if entry.op is not None}
+
+
+_TWIN = ("error", "cosine", "trace_ratio")
+
+
+def mark_twins(entries: list[Approximation], result: Comparison) -> list[Approximation]:
+    """Mark approximations whose every block has the same numbers as that of an earlier one."""
+    marked: list[Approximation] = []
+    seen: list[tuple[str, list[tuple[Any, ...]]]] = []
+    for entry in entries:
+        if entry.op is None:
+            marked.append(entry)
+            continue
+        fingerprint = [
+            (row.family, *(row[key] for key in _TWIN))
+            for row in result.rows
+            if row.approximation == entry.name
+        ]
+        twin = next((name for name, other in seen if _alike(fingerprint, other)), "")
+        marked.append(replace(entry, same_as=twin))
+        if not twin:
+            seen.append((entry.name, fingerprint))
+    return marked
+
+
+def _alike(left: list[Any], right: list[Any]) -> bool:
+    return len(left) == len(right) and all(
+        a[0] == b[0]
+        and all(
+            (math.isnan(x) and math.isnan(y)) or math.isclose(x, y, rel_tol=2e-5)
+            for x, y in zip(a[1:], b[1:], strict=True)
+        )
+        for a, b in zip(left, right, strict=True)
+    )

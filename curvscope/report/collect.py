@@ -6,90 +6,17 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 from .. import curvature
-from ..analysis import (
-    Comparison,
-    Concentration,
-    Coverage,
-    Spectrum,
-    Verification,
-    compare,
-    concentration,
-    coverage,
-    spectrum,
-    verify,
-)
-from ..analysis.comparison import WHOLE
-from ..analysis.extremes import Extremes, extremes
-from ..errors import CurvscopeError, check_option
+from ..analysis import Concentration, Spectrum, compare, concentration, coverage, spectrum, verify
+from ..errors import CurvscopeError
 from ..operators import KroneckerOperator, Operator
 from ..problem import Problem
 from ..progress import track
-from .approximations import BEST, EXACT, RECIPES, Approximation, Ingredients, Made, operators
-
-DENSE_ROWS = 3000
-"""Blocks with more rows are not formed for heat maps and spectra."""
-
-_HESSIAN_SECONDS = 900.0  # a Hessian block that would take longer is left out
-_WHOLE_PRODUCTS = 64  # with the whole Hessian, for its energy outside the blocks
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What decides the numbers of a report, beside the problem."""
-
-    hessian: bool = True
-    verification: bool = True
-    probes: int = 32
-    damping: float | None = None
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class CostRow:
-    """What one computation took. ``passes`` are backward passes over the data, NaN if not counted."""
-
-    name: str
-    seconds: float
-    passes: float = math.nan
-    products: int = 0
-    route: str = ""
-
-
-@dataclass
-class Findings:
-    """Everything that a report shows; only results and operators, and sentences about them."""
-
-    problem: Problem
-    settings: Settings
-    objective: float = math.nan
-    gradient_norm: float = math.nan
-    accuracy: float | None = None
-    damping: float = math.nan
-    ggn: Operator | None = None
-    hessian: Operator | None = None
-    hessian_blocks: tuple[str, ...] = ()
-    same_blocks: bool = False  # every Hessian block is the GGN's by its route
-    approximations: list[Approximation] = field(default_factory=list)
-    comparisons: dict[str, Comparison] = field(default_factory=dict)
-    spectra: dict[str, dict[str, Spectrum]] = field(default_factory=dict)
-    ends: Extremes | None = None
-    blocks: dict[str, Concentration] = field(default_factory=dict)
-    factors: dict[str, dict[str, Concentration]] = field(default_factory=dict)
-    coverage: Coverage | None = None
-    verification: Verification | None = None
-    cost: list[CostRow] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
-    seconds: float = 0.0
-
-    def entry(self, name: str) -> Approximation:
-        return next(entry for entry in self.approximations if entry.name == name)
-
-    def layer_comparison(self) -> Comparison:
-        return self.comparisons["GGN"]
+from .approximations import BEST, RECIPES, Ingredients, Made, mark_twins, operators
+from .findings import DENSE_ROWS, CostRow, Findings, Settings, block_operators
+from .hessian import compare_hessian, hessian_blocks, hessian_ends
 
 
 def collect(problem: Problem, settings: Settings) -> Findings:
@@ -99,7 +26,6 @@ def collect(problem: Problem, settings: Settings) -> Findings:
     itself (data, loss, determinism) are raised.
     """
     start = time.perf_counter()
-    check_option("probes >= 2", settings.probes >= 2, (True,))
     found = Findings(problem, settings)
     steps = _steps(found)
     bar: Any = track(steps, "Report")
@@ -140,9 +66,9 @@ def _steps(found: Findings) -> list[tuple[str, Callable[[], None]]]:
     steps += [("Compared with the GGN", lambda: _compare_ggn(found))]
     if found.settings.hessian:
         steps += [
-            ("Exact Hessian", lambda: _hessian(found)),
-            ("Compared with the Hessian", lambda: _compare_hessian(found)),
-            ("Ends of the Hessian's spectrum", lambda: _ends(found)),
+            ("Exact Hessian", lambda: hessian_blocks(found)),
+            ("Compared with the Hessian", lambda: compare_hessian(found)),
+            ("Ends of the Hessian's spectrum", lambda: hessian_ends(found)),
         ]
     else:
         found.skipped.append("The Hessian was not asked for.")
@@ -210,123 +136,7 @@ def _compare_ggn(found: Findings) -> None:
     found.cost.append(
         CostRow("comparison with the GGN", result.cost.seconds, products=result.cost.products)
     )
-    found.approximations = _without_twins(found.approximations, result)
-
-
-def _hessian(found: Findings) -> None:
-    """The blocks, except those by a route that would take too long."""
-    start = time.perf_counter()
-    whole = curvature.hessian(found.problem)
-    found.hessian = whole
-    routes = {name: whole.route_of(name) for name in whole.blocks}
-    found.same_blocks = all(route == "piecewise-linear" for route in routes.values())
-    names: list[str] = []
-    expected, spent, done = _column_seconds(found, whole), 0.0, 0.0
-    for name in track(list(routes), "Hessian blocks"):
-        columns = _columns(whole, name, routes[name])
-        if columns * expected > _HESSIAN_SECONDS:
-            found.skipped.append(
-                f"The Hessian block of {name} was left out: {columns:,} double backward passes "
-                f"would take about {columns * expected / 60:.0f} minutes. "
-                f'cs.hessian(problem).blocks["{name}"] computes it.'
-            )
-            continue
-        begun = time.perf_counter()
-        try:
-            block = whole.blocks[name]
-            if routes[name] == "autograd":
-                block.dense()  # kept by the operator
-        except CurvscopeError as error:
-            found.skipped.append(f"The Hessian block of {name} was left out: {error}")
-            continue
-        names.append(name)
-        if columns:
-            spent, done = spent + time.perf_counter() - begun, done + columns
-            expected = spent / done
-    found.hessian_blocks = tuple(names)
-    found.cost.append(
-        CostRow(
-            "Hessian, blocks",
-            time.perf_counter() - start,
-            sum(whole.blocks[name].info.passes for name in names),
-            route=", ".join(dict.fromkeys(routes.values())),
-        )
-    )
-
-
-def _columns(whole: Any, name: str, route: str) -> int:
-    """Double backward passes over the data that a block takes; 0 where it takes none."""
-    plan = whole.plans[name]
-    if route == "rows":
-        return int(plan.positions * plan.outputs)
-    return int(plan.size) if route == "autograd" else 0
-
-
-def _column_seconds(found: Findings, whole: Any) -> float:
-    """Seconds of one product with the Hessian."""
-    vector = found.problem.gradient()
-    start = time.perf_counter()
-    whole @ vector
-    return time.perf_counter() - start
-
-
-def _compare_hessian(found: Findings) -> None:
-    """Its blocks with everything, or with the GGN alone where they are the same matrices."""
-    assert found.ggn is not None and found.hessian is not None
-    others: dict[str, Operator] = {"GGN": found.ggn}
-    if not found.same_blocks:
-        others |= {
-            entry.name: entry.op
-            for entry in found.approximations
-            if entry.op is not None and entry.group not in (BEST, EXACT) and not entry.same_as
-        }
-    result = compare(
-        found.hessian,
-        others,
-        gradient=found.problem,
-        damping=found.damping,
-        budget=_WHOLE_PRODUCTS,
-        blocks=[*found.hessian_blocks, WHOLE],
-        seed=found.settings.seed,
-    )
-    found.comparisons["Hessian"] = result
-    found.cost.append(
-        CostRow("comparison with the Hessian", result.cost.seconds, products=result.cost.products)
-    )
-
-
-def _ends(found: Findings) -> None:
-    assert found.hessian is not None
-    result = extremes(found.hessian)
-    found.ends = result
-    found.cost.append(
-        CostRow(
-            "ends of the Hessian's spectrum", result.cost.seconds, products=result.cost.products
-        )
-    )
-
-
-def exact_operators(found: Findings) -> dict[str, Operator]:
-    """The exact matrices that have blocks of their own."""
-    assert found.ggn is not None
-    named = {"GGN": found.ggn}
-    if found.hessian is not None and not found.same_blocks:
-        named["Hessian"] = found.hessian
-    return named
-
-
-def block_operators(found: Findings, block: str, *, main: bool = True) -> dict[str, Operator]:
-    """The exact block and the approximations of it that are drawn."""
-    named: dict[str, Operator] = {}
-    for name, op in exact_operators(found).items():
-        if name != "Hessian" or block in found.hessian_blocks:
-            named[name] = op.blocks[block]
-    for entry in found.approximations:
-        if entry.op is None or (main and not entry.main) or entry.same_as:
-            continue
-        if block in entry.op.blocks:
-            named[entry.name] = entry.op.blocks[block]
-    return named
+    found.approximations = mark_twins(found.approximations, result)
 
 
 def _spectra(found: Findings) -> None:
@@ -394,39 +204,3 @@ def _verification(found: Findings) -> None:
     result = verify(found.problem, seed=found.settings.seed)
     found.verification = result
     found.cost.append(CostRow("verification", result.cost.seconds))
-
-
-_TWIN = ("error", "cosine", "trace_ratio")
-
-
-def _without_twins(entries: list[Approximation], result: Comparison) -> list[Approximation]:
-    """Mark approximations whose every block has the same numbers as that of an earlier one."""
-    from dataclasses import replace
-
-    marked: list[Approximation] = []
-    seen: list[tuple[str, list[tuple[str, float, float, float]]]] = []
-    for entry in entries:
-        if entry.op is None:
-            marked.append(entry)
-            continue
-        print_ = [
-            (row.family, *(row[key] for key in _TWIN))
-            for row in result.rows
-            if row.approximation == entry.name
-        ]
-        twin = next((name for name, other in seen if _alike(print_, other)), "")
-        marked.append(replace(entry, same_as=twin))
-        if not twin:
-            seen.append((entry.name, print_))
-    return marked
-
-
-def _alike(left: list[Any], right: list[Any]) -> bool:
-    return len(left) == len(right) and all(
-        a[0] == b[0]
-        and all(
-            (math.isnan(x) and math.isnan(y)) or math.isclose(x, y, rel_tol=2e-5)
-            for x, y in zip(a[1:], b[1:], strict=True)
-        )
-        for a, b in zip(left, right, strict=True)
-    )

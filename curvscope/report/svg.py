@@ -11,6 +11,8 @@ from ..plotting.style import GRID, INK, PAPER
 
 _COLOURS = {INK: "currentColor", GRID: "var(--grid)", PAPER: "var(--paper)"}
 _NUMBER = re.compile(r"-?\d+\.\d{2,}")
+# Attributes whose numbers are places on the page; scales and text are left alone.
+_PLACES = re.compile(r'(\s(?:d|x|y|points|width|height)=")([^"]*)(")')
 _IMAGE = re.compile(r"data:image/png;base64,\s*([A-Za-z0-9+/=\s]+)")
 
 
@@ -33,7 +35,10 @@ def for_page(markup: str, prefix: str, alt: str) -> str:
         return f"@@{len(images) - 1}@@"
 
     markup = _IMAGE.sub(keep, markup)
-    markup = _NUMBER.sub(_rounded, markup)
+    markup = _PLACES.sub(
+        lambda match: match.group(1) + _NUMBER.sub(_rounded, match.group(2)) + match.group(3),
+        markup,
+    )
     tag = re.sub(r"[^A-Za-z0-9_-]", "_", prefix)
     markup = re.sub(r'\bid="([^"]+)"', rf'id="{tag}--\1"', markup)
     markup = re.sub(r'(href="|url\()#', rf"\1#{tag}--", markup)
@@ -55,7 +60,7 @@ def for_page(markup: str, prefix: str, alt: str) -> str:
 
 def _rounded(match: re.Match[str]) -> str:
     text = f"{float(match.group(0)):.2f}".rstrip("0").rstrip(".")
-    return text if text not in ("-0", "") else "0"
+    return "0" if text == "-0" else text
 
 
 def _smaller(data: str) -> str:

@@ -18,9 +18,10 @@ KIND = "curvscope report"
 
 
 @contextlib.contextmanager
-def atomic_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary folder beside ``out`` that takes its name when the body ends without exception.
+def atomic_folder(out: str | os.PathLike[str]) -> Iterator[tuple[Path, Path]]:
+    """A temporary folder that takes the name ``out`` when the body ends without exception.
 
+    Yields the temporary folder, which lies beside the final one, and the final one.
     The place is checked, and the temporary folder made, before the body runs. If the body fails,
     or is interrupted, the temporary folder and parents made for it are removed and whatever was at
     ``out`` stays. An existing folder is replaced only if it is empty or an earlier report with
@@ -41,7 +42,7 @@ def atomic_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
         ) from error
     try:
         draft.chmod(0o777 & ~_umask())  # mkdtemp makes it private
-        yield draft
+        yield draft, target
         check_replaceable(target)  # somebody may have put something there meanwhile
         _replace(draft, target)
     except BaseException as error:
@@ -52,6 +53,16 @@ def atomic_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
                 f"Writing the report to {target} failed: {error}. Nothing was left there."
             ) from error
         raise
+
+
+def check_output(out: str | os.PathLike[str]) -> None:
+    """Raise ``OutputError`` if a report cannot be written to ``out``; leaves nothing behind."""
+    with contextlib.suppress(_OnlyTrying), atomic_folder(out):
+        raise _OnlyTrying
+
+
+class _OnlyTrying(Exception):
+    """Ends :func:`check_output` before anything is written."""
 
 
 def check_replaceable(target: Path) -> None:

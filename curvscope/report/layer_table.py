@@ -1,0 +1,124 @@
+"""One row per layer: its exact curvature and what comes closest to it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from .cells import Cell, Column, Table, finite, number, shade
+from .findings import Findings
+from .numbers import NOTHING, percent, shown
+from .summary import best
+
+
+def layer_records(found: Findings) -> list[dict[str, Any]]:
+    """A record per layer: what it is, its exact curvature, and what is closest to it."""
+    comparison = found.layer_comparison()
+    references = {ref.block: ref for ref in comparison.references}
+    modules = dict(found.problem.model.named_modules())
+    records = []
+    for name, members in found.problem.blocks.items():
+        ref = references.get(name)
+        spectra = found.spectra.get(name, {})
+        own = spectra.get("GGN")
+        curved = spectra.get("Hessian", own if found.same_blocks else None)
+        winner = best(found, name)
+        specs = [spec for spec in found.problem.layout if spec.name in members]
+        module = modules.get(name)
+        concentrated = found.blocks.get(name)
+        record: dict[str, Any] = {
+            "layer": name,
+            "type": type(module).__name__ if module is not None and name else "",
+            "parameters": sum(spec.numel for spec in specs),
+            "shapes": {spec.name: list(spec.shape) for spec in specs},
+            "ggn_route": ref.route if ref else "",
+            "hessian_route": _hessian_route(found, name),
+            "trace": ref.trace if ref else math.nan,
+            "norm": ref.norm if ref else math.nan,
+            "share": ref.share if ref else math.nan,
+            "top_eigenvalues": own.top(3).tolist() if own else [],
+            "effective_rank": own.effective_rank if own else math.nan,
+            "negative_eigenvalues": curved.negative if curved else None,
+            "smallest_eigenvalue": curved.smallest if curved else math.nan,
+            "diagonal_share": concentrated.diagonal_share if concentrated else math.nan,
+            "null_diagonal_share": concentrated.null.diagonal_share if concentrated else math.nan,
+            "best_approximation": winner.row.approximation if winner else "",
+            "best_error": winner.row.error if winner else math.nan,
+        }
+        for kind in ("diagonal", "Kronecker"):
+            key = f"nearest_{kind.lower()}_error"
+            record[key] = ref.best.get(kind, math.nan) if ref else math.nan
+        records.append(record)
+    return records
+
+
+def _hessian_route(found: Findings, name: str) -> str:
+    if found.hessian is None or name not in found.hessian_blocks:
+        return ""
+    return found.hessian.blocks[name].info.route
+
+
+def layer_table(found: Findings) -> Table:
+    """One row per layer."""
+    columns = (
+        Column("layer", numeric=False),
+        Column("parameters"),
+        Column("route", "Algorithm that computed the exact GGN and Hessian block.", numeric=False),
+        Column("trace", "Sum of the eigenvalues of the GGN block."),
+        Column("norm", "Frobenius norm of the GGN block."),
+        Column("share of energy", "Squared norm of the block over that of the whole GGN."),
+        Column("top eigenvalues", "The three largest of the GGN block."),
+        Column("negative", "Negative eigenvalues of the Hessian block, and the smallest one."),
+        Column("diagonal share", "Energy on the diagonal; small: what a null model would have."),
+        Column("closest approximation", "By relative error, limits of classes aside."),
+    )
+    rows = []
+    for record in layer_records(found):
+        shapes = ", ".join(
+            f"{name.rpartition('.')[2]} {' × '.join(map(str, shape))}"
+            for name, shape in record["shapes"].items()
+        )
+        negative = record["negative_eigenvalues"]
+        routes = [r for r in dict.fromkeys([record["ggn_route"], record["hessian_route"]]) if r]
+        rows.append(
+            [
+                Cell(
+                    record["layer"],
+                    small=f"{record['type']}: {shapes}" if record["type"] else shapes,
+                    link=f"#{anchor(found, record['layer'])}",
+                ),
+                Cell(shown(record["parameters"]), sort=record["parameters"]),
+                Cell(routes[0] if routes else NOTHING, small=", ".join(routes[1:])),
+                number(record["trace"]),
+                number(record["norm"]),
+                Cell(percent(record["share"]), sort=finite(record["share"])),
+                Cell(
+                    shown(record["top_eigenvalues"][0]) if record["top_eigenvalues"] else NOTHING,
+                    small=", ".join(shown(v) for v in record["top_eigenvalues"][1:]),
+                    sort=record["top_eigenvalues"][0] if record["top_eigenvalues"] else None,
+                ),
+                Cell(
+                    NOTHING if negative is None else shown(negative),
+                    small=f"down to {shown(record['smallest_eigenvalue'])}" if negative else "",
+                    sort=negative,
+                    title="" if negative is not None else "The Hessian block was not computed.",
+                ),
+                Cell(
+                    percent(record["diagonal_share"]),
+                    small=f"null {percent(record['null_diagonal_share'])}",
+                    sort=finite(record["diagonal_share"]),
+                ),
+                Cell(
+                    f"{record['best_approximation'] or NOTHING} {shown(record['best_error'], 2)}",
+                    small=f"nearest Kronecker {shown(record['nearest_kronecker_error'], 2)}",
+                    sort=finite(record["best_error"]),
+                    shade=shade(record["best_error"]),
+                ),
+            ]
+        )
+    return Table("Every layer: its exact curvature and what comes closest to it.", columns, rows)
+
+
+def anchor(found: Findings, block: str) -> str:
+    """The id of a layer's section."""
+    return f"layer-{found.slug(block)}"

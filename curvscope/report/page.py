@@ -1,0 +1,186 @@
+"""The page: findings and pictures put into the template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..analysis.comparison import WHOLE
+from .cells import Table
+from .error_tables import error_table, metric_table
+from .figures import Picture
+from .findings import Findings
+from .layer_table import anchor, layer_table
+from .numbers import percent, seconds, shown
+from .summary import best, summary, warnings
+from .tables import (
+    approximation_table,
+    concentration_table,
+    cost_table,
+    coverage_table,
+    verification_tables,
+)
+
+_HERE = Path(__file__).parent / "templates"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What the page shows of one layer."""
+
+    name: str
+    anchor: str
+    sentence: str
+    tables: list[Table]
+    pictures: list[Picture]
+
+
+def render(found: Findings, pictures: Sequence[Picture], document: dict[str, Any]) -> str:
+    """The whole page as HTML. Everything that comes from outside is escaped."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_HERE),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    by_kind = {(picture.kind, picture.block): picture for picture in pictures}
+    return environment.get_template("report.html.j2").render(
+        style=_safe("report.css"),
+        script=_safe("report.js"),
+        title=found.problem.name,
+        subtitle=document["problem"]["description"],
+        summary=summary(found),
+        warnings=warnings(found),
+        facts=_facts(found, document),
+        layer_table=layer_table(found),
+        errors=[(name, error_table(found, name)) for name in found.comparisons],
+        whole_metrics=[
+            metric_table(found, name, WHOLE)
+            for name, comparison in found.comparisons.items()
+            if any(row.block == WHOLE for row in comparison.rows)
+        ],
+        same_blocks=found.same_blocks,
+        damping=shown(found.damping, 2),
+        layers=[_layer(found, pictures, block) for block in found.problem.blocks],
+        approximations=approximation_table(found),
+        concentration=concentration_table(found),
+        coverage=coverage_table(found),
+        coverage_text=str(found.coverage.summary()) if found.coverage else "",
+        verification=verification_tables(found),
+        verification_text=_verdict(found),
+        cost=cost_table(found),
+        total=seconds(found.seconds),
+        memory=_memory(document["peak_memory_bytes"]),
+        settings=_settings(document),
+        picture=lambda kind: by_kind.get((kind, "")),
+        created=document["created"],
+    )
+
+
+def _safe(name: str) -> Any:
+    from markupsafe import Markup
+
+    return Markup((_HERE / name).read_text(encoding="utf-8"))
+
+
+def _facts(found: Findings, document: dict[str, Any]) -> list[tuple[str, str]]:
+    """The problem in a few pairs of words and numbers."""
+    problem = document["problem"]
+    pairs = [
+        ("parameters", f"{problem['parameters']:,} in {len(problem['blocks'])} blocks"),
+        ("data", f"{problem['samples']:,} samples{_batches(problem['batches'])}"),
+        ("loss", f"{problem['loss']}, {problem['reduction']} over {problem['terms']:,.6g} terms"),
+        ("objective", shown(found.objective)),
+        ("gradient norm", shown(found.gradient_norm)),
+    ]
+    if found.accuracy is not None:
+        pairs.append(("test accuracy", percent(found.accuracy)))
+    pairs.append(("computed in", f"{problem['dtype']} on {problem['device']}"))
+    if problem["recipe"]:
+        pairs.append(("trained by", problem["recipe"]))
+    return pairs
+
+
+def _batches(count: int) -> str:
+    return f" in {count} batches" if count > 1 else ""
+
+
+def _layer(found: Findings, pictures: Sequence[Picture], block: str) -> Layer:
+    tables = [
+        metric_table(found, name, block)
+        for name, comparison in found.comparisons.items()
+        if block in comparison.blocks and not (name == "Hessian" and found.same_blocks)
+    ]
+    return Layer(
+        block,
+        anchor(found, block),
+        _layer_sentence(found, block),
+        tables,
+        [picture for picture in pictures if picture.block == block],
+    )
+
+
+def _layer_sentence(found: Findings, block: str) -> str:
+    """What is closest on this layer, and how its curvature looks."""
+    texts = []
+    one = best(found, block)
+    if one is not None:
+        texts.append(one.row.sentence())
+    spectra = found.spectra.get(block, {})
+    if "GGN" in spectra:
+        own = spectra["GGN"]
+        texts.append(
+            f"The exact GGN block has {own.positive:,} of {own.size:,} eigenvalues above "
+            f"rounding, up to {shown(own.largest)}; effective rank {shown(own.effective_rank, 2)}."
+        )
+    if "Hessian" in spectra:
+        curved = spectra["Hessian"]
+        texts.append(
+            f"The Hessian block has {curved.negative:,} negative eigenvalues, down to "
+            f"{shown(curved.smallest)}."
+            if curved.negative
+            else "The Hessian block has no negative eigenvalue."
+        )
+    elif found.same_blocks:
+        texts.append("Only piecewise linear operations follow, so the Hessian block is the same.")
+    concentrated = found.blocks.get(block)
+    if concentrated is not None:
+        verdict = concentrated.verdict()
+        texts.append(verdict[0].upper() + verdict[1:] + ".")
+    return " ".join(texts)
+
+
+def _verdict(found: Findings) -> str:
+    if found.verification is None:
+        return "Verification was not asked for."
+    return found.verification.summary().splitlines()[0]
+
+
+def _memory(used: int | None) -> str:
+    return "" if used is None else f"{used / 2**20:,.0f} MiB"
+
+
+def _settings(document: dict[str, Any]) -> list[tuple[str, str]]:
+    """Settings and versions in one list."""
+    pairs = [(name, _word(value)) for name, value in document["settings"].items()]
+    environment = document["environment"]
+    pairs += list(environment["versions"].items())
+    pairs += [
+        ("system", environment["system"]),
+        ("processors", str(environment["processors"])),
+        ("threads", str(environment["threads"])),
+    ]
+    if "gpu" in environment:
+        pairs.append(("GPU", environment["gpu"]))
+    if document["command"]:
+        pairs.insert(0, ("command", document["command"]))
+    return pairs
+
+
+def _word(value: Any) -> str:
+    return shown(value) if value is not None else "not set"
