@@ -1,9 +1,9 @@
 """No call of the library may change anything of the user's: watched in every test.
 
-``install()`` (called by ``conftest`` before any test module is imported) wraps the public functions
-and the methods that compute. Each outermost call takes a snapshot of the models, losses and data of
-the problems among its arguments and of torch's and the random generators' global state, and compares
-afterwards, also when the call fails.
+``install()`` (called by ``conftest`` before any test module is imported) wraps the public
+functions and the methods that compute. Each outermost call takes a snapshot of the models, losses
+and data of the problems among its arguments and of torch's and the random generators' global state,
+and compares afterwards, also when the call fails.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ PUBLIC = {
         "diag_hessian diag_ggn sqrt_ggn kfac kflr kfra batch_grad batch_l2 sum_grad_squared "
         "variance batch_diag_ggn batch_diag_hessian hmp ggnmp pchmp compute supported"
     ),
-    "curvscope.analysis": "compare spectrum concentration coverage verify eigsh trace diagonal norm",
+    "curvscope.analysis": (
+        "compare spectrum concentration coverage verify eigsh trace diagonal norm"
+    ),
 }
 METHODS = {
     cs.Problem: "check objective gradient subset with_data describe snapshot",
@@ -45,9 +47,15 @@ METHODS = {
 }
 _CONTAINERS = (list, dict, set, deque)
 _HOOKS = (
-    "_forward_hooks _forward_pre_hooks _backward_hooks _backward_pre_hooks _state_dict_hooks "
-    "_state_dict_pre_hooks _load_state_dict_pre_hooks _load_state_dict_post_hooks"
-).split()
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
 _TABLES = ("_parameters", "_buffers", "_modules", *_HOOKS)
 
 State = dict[str, Any]

@@ -49,6 +49,12 @@ def select_parameters(
         raise ModelError(
             f"Parameters {lazy} of lazy layers have no shape yet: run the model once on a batch."
         )
+    odd = [n for n, p in trainable.items() if not p.is_floating_point()]
+    if odd:
+        raise ModelError(
+            f"Parameters {odd} are not real: curvature is defined for real parameters. Keep real and "
+            "imaginary parts as two parameters and join them with torch.complex, or freeze them."
+        )
     if params is None:
         return trainable
     entries = [params] if isinstance(params, str) else list(params)

@@ -116,7 +116,7 @@ class Problem:
         first = next(iter(chosen.values()))
         self.device = torch.device(device) if device is not None else first.device
         self.dtype = dtype or first.dtype
-        if not self.dtype.is_floating_point:
+        if dtype is not None and not dtype.is_floating_point:
             raise OptionError(f"dtype={dtype} is not a floating-point type.")
         self.model = self._evaluated_model(device, dtype)
         by_name = dict(self.model.named_parameters())

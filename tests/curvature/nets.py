@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +30,7 @@ def seeded(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
 
 def mlp(activation: Callable[[], nn.Module], *sizes: int, bias: bool = True) -> nn.Module:
     layers: list[nn.Module] = []
-    for inp, out in zip(sizes, sizes[1:]):
+    for inp, out in itertools.pairwise(sizes):
         layers += [nn.Linear(inp, out, bias=bias), activation()]
     return nn.Sequential(*layers[:-1])
 
