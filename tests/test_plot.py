@@ -198,7 +198,7 @@ def test_no_label_lies_outside_the_figure_or_on_another(tmp_path: Path) -> None:
         width, height = figure.canvas.get_width_height()
         boxes = {
             text.get_text(): text.get_window_extent(renderer)
-            for text in (ax.xaxis.label, ax.yaxis.label, ax.title)
+            for text in (ax.xaxis.label, ax.yaxis.label, ax._left_title)
             if text.get_text()
         }
         if ax.get_legend():
@@ -278,7 +278,7 @@ def test_heat_maps_are_symmetric_about_zero_and_share_a_scale() -> None:
     left, right = cplot.plot_blocks({"a": 3 * torch.eye(4), "b": -torch.eye(4)})
     limits = [ax.images[0].get_clim() for ax in (left, right)]
     assert limits == [(-3.0, 3.0), (-3.0, 3.0)]
-    assert left.get_title() == "a"
+    assert left.get_title(loc="left") == "a"
     ax = cplot.plot_matrix(torch.eye(4), scale="log")
     assert ax.images[0].norm.vmax == 1.0 and ax.images[0].norm.vmin > 0
     assert tuple(cplot.plot_matrix(torch.eye(4), limit=7.0).images[0].get_clim()) == (-7.0, 7.0)
@@ -287,7 +287,7 @@ def test_heat_maps_are_symmetric_about_zero_and_share_a_scale() -> None:
 def test_factors_are_drawn_each_on_its_own_scale() -> None:
     op = kronecker()
     axes = cplot.plot(op)
-    assert [ax.get_title() for ax in axes] == ["output factor G", "input factor A"]
+    assert [ax.get_title(loc="left") for ax in axes] == ["output factor G", "input factor A"]
     for ax, factor in zip(axes, op.factors.values(), strict=True):
         assert ax.images[0].get_array().shape == tuple(factor.shape)
         assert ax.images[0].get_clim()[1] == pytest.approx(float(factor.abs().max()))
@@ -369,7 +369,7 @@ def test_disjoint_discs_are_counted_as_in_the_result() -> None:
     assert result.disjoint == 2
     for kind in ("discs", "intervals"):
         ax = cplot.plot_gershgorin(result, kind=kind)
-        assert ax.get_title() == "2 of 4 discs touch no other"
+        assert ax.get_title(loc="left") == "2 of 4 discs touch no other"
 
 
 def test_what_was_not_computed_is_refused_with_a_reason() -> None:
