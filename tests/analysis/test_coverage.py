@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import curvscope as cs
+from curvscope.analysis import Coverage
 from curvscope.analysis.checks import Marks
-from curvscope.analysis.coverage import Coverage, coverage
 from curvscope.analysis.methods import METHODS
 from curvscope.curvature import backpack
 from curvscope.errors import CurvscopeError, OptionError
@@ -51,7 +51,7 @@ def covered() -> Callable[[str], Coverage]:
 
     def get(name: str) -> Coverage:
         if name not in kept:
-            kept[name] = coverage(problem(name))
+            kept[name] = cs.coverage(problem(name))
         return kept[name]
 
     return get
@@ -156,7 +156,7 @@ def test_what_is_ignored(covered) -> None:
 def test_left_out_parameters() -> None:
     data = models.inputs(4), models.classes()
     at = models.problem_of(models.mlp, nn.CrossEntropyLoss(), *data, params="!0.bias")
-    found = coverage(at)
+    found = cs.coverage(at)
     assert found.row("0.bias").state == "left out"
     assert found.row("0.bias").block == ""
     assert found.cell("0.bias", "GGN").status == "ignored"
@@ -178,7 +178,7 @@ def test_losses_without_likelihood(covered) -> None:
     at = models.problem_of(
         models.mlp, bump, models.inputs(4), models.inputs(3, seed=2), reduction="mean"
     )
-    found = coverage(at)
+    found = cs.coverage(at)
     for method in ("KFLR", "KFRA"):
         assert "not convex" in found.not_available[method]
     with pytest.raises(CurvscopeError, match="not convex"):
@@ -198,7 +198,7 @@ def test_outputs_without_a_sample_axis() -> None:
         forward=lambda model, x: model(x).T.contiguous(),
         reduction="sum",
     )
-    found = coverage(at)
+    found = cs.coverage(at)
     for method in ("empirical Fisher", "diagonal K-FAC", "AdaFisher factors"):
         assert found.not_available[method], method
     assert found.cell("0.weight", "Hessian").route == "autograd"
@@ -217,7 +217,7 @@ def test_large_models_are_not_tried_with_backpack(monkeypatch) -> None:
     monkeypatch.setattr(
         backpack, "supported", lambda p, e: original(p, e) if e == "BatchGrad" else never()
     )
-    found = coverage(models.problem("mlp"))
+    found = cs.coverage(models.problem("mlp"))
     assert "Not tried" in found.not_available["BackPACK DiagGGNExact"]
     assert found.shares["BackPACK BatchGrad"] == 1
 
@@ -226,7 +226,7 @@ def test_nothing_changes_and_little_is_computed() -> None:
     at = models.problem("batch norm")
     at.user_model.train()
     before = Marks.of(at)
-    coverage(at)
+    cs.coverage(at)
     assert before.changes(Marks.of(at)) == []
     x, y = models.inputs(4).repeat(100, 1), models.classes().repeat(100)
     seen: list[int] = []
@@ -238,7 +238,7 @@ def test_nothing_changes_and_little_is_computed() -> None:
     )
     big.check()
     seen.clear()
-    coverage(big)
+    cs.coverage(big)
     assert seen and max(seen) <= 16
 
 
@@ -273,4 +273,4 @@ def test_unknown_names(covered) -> None:
     with pytest.raises(OptionError, match="EKFAC"):
         covered("mlp").cell("0.weight", "EKFACC")
     with pytest.raises(OptionError, match="Problem"):
-        coverage(nn.Linear(2, 2))  # type: ignore[arg-type]
+        cs.coverage(nn.Linear(2, 2))  # type: ignore[arg-type]
