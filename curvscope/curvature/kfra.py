@@ -48,7 +48,9 @@ def kfra(problem: Problem, *, uncovered: str = "raise") -> BlockDiagonalOperator
     run = collect_factors(problem, kind, "expand", at, need_outputs=False)
     with problem.session(at):
         inputs, targets = next(problem.batches())
-        order = chain(record_batch(problem, inputs, targets))
+        recording = record_batch(problem, inputs, targets)
+        order = chain(recording)
+        layers = [id(recording.calls[k].weight) for k in order]
     # weight and bias may be blocks of their own, which share the layer's output factor
     positions: dict[int, list[str]] = {}
     for name in run.factors:
@@ -64,7 +66,8 @@ def kfra(problem: Problem, *, uncovered: str = "raise") -> BlockDiagonalOperator
             label = f"KFRA level {level}"
             for inputs, targets in track(problem.batches(), label, total=facts.batches):
                 recording = record_batch(problem, inputs, targets)
-                if total is not None and chain(recording) != order:
+                found = chain(recording)
+                if found != order or [id(recording.calls[k].weight) for k in found] != layers:
                     raise UnsupportedLayerError(
                         "KFRA needs the same chain of layers for every batch, but the model takes "
                         "another path in a later one; use cs.kflr or cs.kfac."

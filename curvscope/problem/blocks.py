@@ -52,8 +52,9 @@ def select_parameters(
     odd = [n for n, p in trainable.items() if not p.is_floating_point()]
     if odd:
         raise ModelError(
-            f"Parameters {odd} are not real: curvature is defined for real parameters. Keep real and "
-            "imaginary parts as two parameters and join them with torch.complex, or freeze them."
+            f"Parameters {odd} are not real: curvature is defined for real parameters. Keep real "
+            "and imaginary parts as two parameters and join them with torch.complex, or freeze "
+            "them."
         )
     if params is None:
         return trainable
