@@ -77,19 +77,20 @@ class AdaFisher(CurvatureOptimizer):
     Every ``update_every`` steps, layer by layer, from the minibatch's input rows ``a`` (a 1
     appended where there is a bias) and the gradients ``s`` of its mean loss in the output rows:
 
-    1. ``H_D = mean a^2``, ``S_D = mean s^2`` over rows: samples, and tokens, patches or positions
-       (the diagonals of K-FAC's factors; section 3.1). Normalisations have one pair of numbers on
-       the input side: with ``q_c = sum a / T^2`` over samples and their T positions,
-       ``H_D = (sum_c q_c^2, C) / B^2`` for scale and shift, and ``S_D = (sum s)^2 / B``.
-    2. Running averages ``H_D <- decay H_D + (1 - decay) new``, the same for ``S_D``.
-    3. Min-max normalisation ``x' = (x - min x) / (max x - min x + 1e-6)``.
+    (1) ``H_D = mean a^2``, ``S_D = mean s^2`` over rows: samples, and tokens, patches or positions
+        (the diagonals of K-FAC's factors). Normalisations have one pair of numbers on the input
+        side: with ``q_c = sum a / T^2`` over samples and their T positions,
+        ``H_D = (sum_c q_c^2, C) / B^2`` for scale and shift, and ``S_D = (sum s)^2 / B``;
+    (2) running averages ``H_D <- decay H_D + (1 - decay) new``, the same for ``S_D``;
+    (3) min-max normalisation ``x' = (x - min x) / (max x - min x + 1e-6)``;
 
-    and in every step
+    and in every step (section 3 of the paper)
 
-    4. ``F~ = S_D' (x) H_D' + damping``, in the shape of weight and bias;
-    5. ``m <- beta m + (1 - beta) g``, ``theta <- theta - lr (m / (1 - beta^t)) / F~``.
+    (4) ``F~ = S_D' (x) H_D' + damping``, in the shape of weight and bias;
+    (5) ``m <- beta m + (1 - beta) g``, ``theta <- theta - lr (m / (1 - beta^t)) / F~``.
 
-    Weight decay is added to ``g`` (:class:`AdaFisherW` decouples it).
+    Weight decay is added to ``g`` (:class:`AdaFisherW` decouples it). ``curvature()`` is ``F~``,
+    ``damped=False`` the product ``S_D (x) H_D`` of the running averages, not normalised.
 
     ``averaging="release"`` follows the authors' released code instead: the normalised vectors are
     averaged, by ``0.1 decay old + 0.01 decay new`` from ones. The weights do not sum to one, so
@@ -101,7 +102,7 @@ class AdaFisher(CurvatureOptimizer):
     Layers: Linear with any number of axes, Conv1d/2d/3d with stride, padding, dilation and groups
     (normalised over all groups together), BatchNorm, LayerNorm, GroupNorm. Several uses of a layer,
     and several backward passes before a step, count as one larger batch. A layer with a single
-    output has ``S_D' = 0`` by step 3, so that it takes steps of SGD with ``lr / damping``. All
+    output has ``S_D' = 0`` by (3), so that it takes steps of SGD with ``lr / damping``. All
     other parameters follow ``fallback``; ``coverage()`` says which and why.
 
     ``step()`` comes after ``backward()`` (the statistics are taken on the way), or
@@ -194,7 +195,7 @@ class AdaFisher(CurvatureOptimizer):
         self._collector.sums.clear()
 
     def _refresh(self, scale: float) -> None:
-        """Average the new diagonals in (steps 1 to 3)."""
+        """Average the new diagonals in: (1) to (3)."""
         dtype = torch.promote_types(self.dtype, torch.float32)
         collected = self._collector.sums
         seen = [layer for block, layer in self.layers.items() if block in collected]

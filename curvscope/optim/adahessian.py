@@ -63,13 +63,17 @@ def adahessian_update(
 class AdaHessian(EveryParameter):
     r"""AdaHessian (Yao, Gholami, Shen, Mustafa, Keutzer, Mahoney, AAAI 2021, arXiv 2006.00719).
 
-    With ``z`` of independent +1 and -1:
+    With ``z`` of independent +1 and -1 (section 3 of the paper: Hutchinson's diagonal, spatial
+    averaging, Hessian momentum):
 
-    1. ``D = z * (H z)``, Hutchinson's estimate of the Hessian's diagonal (eq. 7), the mean over
-       ``n_probes`` of them; convolution weights are averaged over the kernel (eq. 10).
-    2. ``v <- beta2 v + (1 - beta2) D^2`` and ``m <- beta1 m + (1 - beta1) g`` (eqs. 11, 12).
-    3. ``theta <- theta - lr (m^ / (v^^(k/2) + eps) + weight_decay theta)`` with ``m^``, ``v^``
-       corrected for their start at zero and ``k`` the ``hessian_power``.
+    (1) ``D = z * (H z)``, an unbiased estimate of the Hessian's diagonal, the mean over
+        ``n_probes`` of them; convolution weights are averaged over the kernel;
+    (2) ``m <- beta1 m + (1 - beta1) g``, ``v <- beta2 v + (1 - beta2) D^2``;
+    (3) ``m^ = m / (1 - beta1^t)``, ``v^ = v / (1 - beta2^u)`` with ``u`` updates of ``v`` so far;
+    (4) ``theta <- theta - lr (m^ / (v^^(k/2) + eps) + weight_decay theta)``, ``k`` being the
+        ``hessian_power``.
+
+    ``curvature()`` is the diagonal ``v^^(k/2) + eps``, ``damped=False`` leaves ``eps`` out.
 
     ``averaging="release"`` takes ``|H z|`` for ``z * (H z)`` before averaging over the kernel, as
     the authors' code for image classification does, and averages parameters with four axes only;
@@ -77,12 +81,13 @@ class AdaHessian(EveryParameter):
     ``averaging="paper"`` the weights of convolutions of any dimension are averaged; if only
     parameters are given, all with three axes and more are taken for such.
 
-    ``step(closure)``: the closure returns the loss and does *not* call ``backward()``. Attention is
-    evaluated by the kernel that has a second derivative while it runs. Or, for gradient
-    accumulation, clipping and ``GradScaler``, call ``optimizer.backward(loss)`` in place of
-    ``loss.backward()``, any number of times, and then ``step()``. Both leave the gradient in
-    ``.grad``. With ``update_every=n`` the product is taken in every n-th step only; in the steps
-    between, ``loss.backward()`` and ``step()`` do.
+    ``step(closure)``: the closure returns the loss and does *not* call ``backward()``. While it
+    runs, attention takes the kernel that has a second derivative, and convolutions and BatchNorm
+    get faster ones than torch's. Or, for gradient accumulation, clipping and ``GradScaler``, call
+    ``optimizer.backward(loss)`` in place of ``loss.backward()``, any number of times, and then
+    ``step()`` (with ``DistributedDataParallel`` run the model under ``no_sync()`` for this). Both
+    leave the gradient in ``.grad``. With ``update_every=n`` the product is taken in every n-th step
+    only; in the steps between, ``loss.backward()`` and ``step()`` do.
 
     Gradient and product come from ``torch.autograd.grad``; the released code's
     ``loss.backward(create_graph=True)`` keeps a reference cycle alive, and is never used.

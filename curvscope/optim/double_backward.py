@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import OptionError, ShapeError, UnsupportedLayerError, UnsupportedLossError
+from .second_derivatives import FastSecondDerivatives
 
 
 def check_differentiable(loss: Any, method: str) -> None:
@@ -88,13 +89,14 @@ def hessian_product(
 
 @contextmanager
 def twice_differentiable(model: nn.Module, wrapper: nn.Module) -> Iterator[None]:
-    """Kernels that have a second derivative, for as long as the forward pass takes.
+    """Kernels that have a second derivative, and a cheap one, while the forward pass lasts.
 
     ``wrapper`` is the ``DistributedDataParallel`` around the model, where there is one: it must not
     wait for gradients in ``.grad`` that will never come.
     """
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(FastSecondDerivatives())
         if any(isinstance(m, nn.RNNBase) for m in model.modules()):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         if isinstance(wrapper, DistributedDataParallel):

@@ -53,14 +53,14 @@ def solve_positive(K: Tensor, right: Tensor, least: float) -> Tensor:
 
 
 class MFAC(EveryParameter):
-    r"""M-FAC (Frantar, Kurtic, Alistarh, NeurIPS 2021, arXiv 2107.03356), its dynamic algorithm.
+    r"""M-FAC (Frantar, Kurtic, Alistarh, NeurIPS 2021, arXiv 2107.03356), the dynamic algorithm.
 
     With the gradients ``g_1 ... g_m`` of the last ``m <= memory`` steps (``memory`` from the
     ``memory``-th step on), a step is
 
-    1. ``F = damping I + (1/m) sum_i g_i g_i^T``, the present gradient among them;
-    2. ``M <- momentum M + (1 - momentum) g``, ``M^ = M / (1 - momentum^t)``;
-    3. ``theta <- theta - lr (F^-1 M^ + weight_decay theta)``.
+    (1) ``F = damping I + (1/m) sum_i g_i g_i^T``, the present gradient among them;
+    (2) ``M <- momentum M + (1 - momentum) g``, ``M^ = M / (1 - momentum^t)``;
+    (3) ``theta <- theta - lr (F^-1 M^ + weight_decay theta)``.
 
     ``F^-1`` is exact: the paper's recursion and its ``O(m)`` update of coefficients are replaced by
     the ``m x m`` Gram matrix of the window, of which one row changes per step, and its Cholesky

@@ -69,6 +69,7 @@ def statistics(net, x, *, options=None, count=1):
     return optimizer, [out.grad for out in kept]
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_convolution_against_explicit_patches(name):
     make, shape = CONVOLUTIONS[name]

@@ -1,0 +1,247 @@
+"""Convolutions and BatchNorm with second derivatives that cost what counting says.
+
+torch differentiates both twice by general formulas: a batch normalisation by some thirty
+elementwise operations, the weight gradient of a convolution by a convolution whose kernel is as
+large as the image. Together they took half of an AdaHessian step of a ResNet on CPU. Here they are
+made of the kernels that the first derivatives use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
+
+
+class FastSecondDerivatives(TorchFunctionMode):
+    """While active, convolutions and train-mode BatchNorm get the second derivatives below."""
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        fast = _FAST.get(func) if getattr(func, "__hash__", None) else None
+        if fast is not None and torch.is_grad_enabled():
+            found = fast(*args, **(kwargs or {}))
+            if found is not None:
+                return found
+        return func(*args, **(kwargs or {}))
+
+
+def _alike(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether all are of one dtype, and autocast would not change that."""
+    same = all(t is None or t.dtype == x.dtype for t in others)
+    return same and not torch.is_autocast_enabled(x.device.type)
+
+
+# -- convolution ----------------------------------------------------------------------------------
+
+
+def _convolution(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor | None:
+    """The convolution, or ``None`` where this is a case for torch's own."""
+    dims = weight.ndim - 2
+    if input.ndim != weight.ndim or not _alike(input, weight, bias):
+        return None
+    stride, dilation = _tuple(stride, dims), _tuple(dilation, dims)
+    if padding == "same":
+        total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:])]
+        if any(t % 2 for t in total):
+            return None
+        padding = [t // 2 for t in total]
+    padding = _tuple(0 if padding == "valid" else padding, dims)
+    options = (stride, padding, dilation, False, [0] * dims, int(groups))
+    result: Tensor = _Convolution.apply(input, weight, bias, options)
+    return result
+
+
+class _Convolution(torch.autograd.Function):
+    """``z = W * x + b``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, options: Any) -> Tensor:
+        ctx.save_for_backward(x, w)
+        ctx.options, ctx.bias = options, b is not None
+        return torch.convolution(x, w, b, *options)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+        x, w = ctx.saved_tensors
+        wanted = [*ctx.needs_input_grad[:2], ctx.bias and ctx.needs_input_grad[2]]
+        return *_ConvolutionBackward.apply(g, x, w, ctx.options, wanted), None
+
+
+class _ConvolutionBackward(torch.autograd.Function):
+    """``g_x = W^T * g``, ``g_w = x * g``, ``g_b = sum g``.
+
+    The derivatives of ``<u, g_x> + <p, g_w> + <q, g_b>`` are ``W * u + p * x + q`` in g,
+    ``p^T * g`` in x and ``u * g`` in W: a convolution and its two gradients with other operands.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, x: Tensor, w: Tensor, options: Any, wanted: Any) -> Any:
+        ctx.save_for_backward(g, x, w)
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+        return _gradients(g, x, w, options, wanted)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, u: Tensor | None, p: Tensor | None, q: Tensor | None) -> Any:  # type: ignore[override]
+        g, x, w = ctx.saved_tensors
+        in_g = in_x = in_w = None
+        if p is not None:
+            in_g = torch.convolution(x, p, q, *ctx.options)
+            if ctx.needs_input_grad[1]:
+                in_x = _gradients(g, x, p, ctx.options, [True, False, False])[0]
+        if u is not None:
+            of_u = torch.convolution(u, w, q if in_g is None else None, *ctx.options)
+            in_g = of_u if in_g is None else in_g.add_(of_u)
+            if ctx.needs_input_grad[2]:
+                in_w = _gradients(g, u, w, ctx.options, [False, True, False])[1]
+        if in_g is None and q is not None:
+            in_g = q.reshape(1, -1, *[1] * (g.ndim - 2)).expand_as(g)
+        return in_g, in_x, in_w, None, None
+
+
+def _gradients(g: Tensor, x: Tensor, w: Tensor, options: Any, wanted: Any) -> Any:
+    bias_size = [w.shape[0]] if wanted[2] else None
+    return torch.ops.aten.convolution_backward(g, x, w, bias_size, *options, wanted)
+
+
+def _tuple(value: Any, dims: int) -> list[int]:
+    values = [int(value)] if isinstance(value, int) else [int(v) for v in value]
+    return values * dims if len(values) == 1 else values
+
+
+# -- batch normalisation --------------------------------------------------------------------------
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor | None:
+    """The normalised input, or ``None`` where this is a case for torch's own kernel."""
+    if not training or weight is None or bias is None or not _alike(input, weight, bias):
+        return None
+    if input.numel() == input.shape[1]:  # one value per channel: torch refuses it, with reasons
+        return None
+    result: Tensor = _BatchNorm.apply(input, weight, bias, running_mean, running_var, momentum, eps)
+    return result
+
+
+class _BatchNorm(torch.autograd.Function):
+    """``y = w x^ + b``, ``x^ = (x - mean) r`` with ``r`` the inverse standard deviation."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w: Tensor,
+        b: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        momentum: float,
+        eps: float,
+    ) -> Tensor:
+        y, mean, r = torch.native_batch_norm(
+            x, w, b, running_mean, running_var, True, momentum, eps
+        )
+        ctx.save_for_backward(x, w, mean, r)
+        ctx.eps = eps
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+        x, w, mean, r = ctx.saved_tensors
+        return *_BatchNormBackward.apply(g, x, w, mean, r, ctx.eps), None, None, None, None
+
+
+class _BatchNormBackward(torch.autograd.Function):
+    """``g_b = sum g``, ``g_w = sum g x^``, ``g_x = w r P g`` per channel.
+
+    ``P v = v - mean(v) - x^ mean(x^ v)``. The derivatives of ``<u, g_x> + p g_w + q g_b`` are
+
+        in g:  w r P u + p x^ + q
+        in w:  n r k,                    k = mean(u g) - mean(u) mean(g) - mean(x^ u) mean(x^ g)
+        in x:  r P h - w r^2 k x^,       h = (p - w r mean(x^ u)) g - w r mean(x^ g) u
+
+    all of them sums of u, g and x with coefficients per channel.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, g: Tensor, x: Tensor, w: Tensor, mean: Tensor, r: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        g_x, g_w, g_b = torch.ops.aten.native_batch_norm_backward(
+            g, x, w, None, None, mean, r, True, eps, [True, True, True]
+        )
+        ctx.save_for_backward(g, x, w, mean, r, g_w, g_b)
+        ctx.eps = eps
+        ctx.set_materialize_grads(False)
+        return g_x, g_w, g_b
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, u: Tensor | None, p: Tensor | None, q: Tensor | None) -> Any:  # type: ignore[override]
+        g, x, w, mean, r, g_w, g_b = ctx.saved_tensors
+        n = x.numel() // x.shape[1]
+        slope, zero = w * r, torch.zeros_like(w)
+        xg, mean_g = g_w / n, g_b / n
+        p, q = (zero if v is None else v for v in (p, q))
+        mean_u = xu = k = zero
+        if u is not None:
+            u = u.contiguous()
+            _, sum_xu, sum_u = torch.ops.aten.native_batch_norm_backward(
+                u, x, w, None, None, mean, r, True, ctx.eps, [False, True, True]
+            )
+            others = [0, *range(2, x.ndim)]
+            mean_u, xu = sum_u / n, sum_xu / n
+            k = (u * g).sum(others) / n - mean_u * mean_g - xu * xg
+        in_h = p - slope * xu  # the coefficient of g in h; that of u is -slope * xg
+        in_g = _sum_of(x, r * in_h, q - slope * mean_u - mean * r * in_h, (u, slope))
+        c = -r * (in_h * xg - slope * xg * xu) - slope * r * k
+        d = -r * (in_h * mean_g - slope * xg * mean_u)
+        in_x = _sum_of(x, c * r, d - c * r * mean, (g, r * in_h), (u, -r * slope * xg))
+        return in_g, in_x, r * n * k, None, None, None
+
+
+def _sum_of(
+    x: Tensor, scale: Tensor, shift: Tensor, *terms: tuple[Tensor | None, Tensor]
+) -> Tensor:
+    """``scale x + shift + sum_k c_k v_k`` with coefficients ``[C]`` per channel, one pass each."""
+    result: Tensor = torch.native_batch_norm(
+        x, scale, shift, torch.zeros_like(scale), torch.ones_like(scale), False, 0.0, 0.0
+    )[0]
+    shape = [1, -1, *[1] * (x.ndim - 2)]
+    for v, coefficient in terms:
+        if v is not None:
+            result.addcmul_(v, coefficient.reshape(shape))
+    return result
+
+
+_FAST: dict[Any, Callable[..., Tensor | None]] = {
+    F.batch_norm: _batch_norm,
+    **dict.fromkeys((torch.conv1d, torch.conv2d, torch.conv3d), _convolution),
+}
