@@ -11,6 +11,7 @@ from torch import Tensor
 from ..modes import plain_mode
 from ..operators import Operator, Provenance
 from ..problem import Problem, Snapshot, flat_gradient
+from ..problem.cotangents import require_differentiable
 from ..problem.state import trains_differently
 from ..progress import track
 from .products import (
@@ -97,6 +98,7 @@ class AutogradOperator(Operator):
 
     def _dense(self) -> Tensor:
         if self._kept is None:
+            assert self.layout is not None
             what = f"The {self.kind.title} of {', '.join(self.layout.names[:3])}, ..."
             matrix = symmetrised(self._columns(), what, self.problem.dtype)
             if self.shape[0] > _CACHED:
@@ -123,6 +125,7 @@ class AutogradOperator(Operator):
         """Add one batch's Hessian, row by row."""
         size = self.shape[0]
         flat = flat_gradient(total, self.parameters, create_graph=True)
+        require_differentiable([flat])
         second = VectorJacobian(flat, self.parameters)
         for start in track(range(0, size, 64), self._label()):
             stop = min(start + 64, size)

@@ -19,7 +19,12 @@ from torch import Tensor
 from .. import memory
 from ..errors import UnsupportedLayerError, UnsupportedLossError
 from ..problem import Problem
-from ..problem.cotangents import output_hessian_product, sampled_cotangents, scaled_terms
+from ..problem.cotangents import (
+    output_hessian_product,
+    require_differentiable,
+    sampled_cotangents,
+    scaled_terms,
+)
 
 HESSIAN, GGN, FISHER, EMPIRICAL = "hessian", "ggn", "fisher", "empirical_fisher"
 
@@ -184,6 +189,7 @@ def batch_product(
         total = problem.batch_total(outputs, targets)
         with twice_differentiable():
             gradients = torch.autograd.grad(total, parameters, create_graph=True, allow_unused=True)
+            require_differentiable(gradients)
             flat = _flatten([None if g is None else g.unsqueeze(0) for g in gradients], parameters)
             second = VectorJacobian(flat[0], parameters)
             return second(vectors.mT.to(flat.dtype)).mT.to(vectors.dtype)
@@ -214,6 +220,7 @@ def _double_backward(
     split = [p.numel() for p in parameters]
     w = torch.zeros_like(outputs, requires_grad=True)
     back = torch.autograd.grad(outputs, parameters, w, create_graph=True, allow_unused=True)
+    require_differentiable(back)
     used = [(g, i) for i, g in enumerate(back) if g is not None and g.requires_grad]
     if not used and not check:
         return result

@@ -207,7 +207,7 @@ def used_elsewhere(recording: Recording, parameters: Iterable[Tensor]) -> set[in
     behind = {c.outputs.grad_fn: c.parents for c in recording.calls}
     found: set[int] = set()
     seen: set[Any] = set()
-    stack = [get_gradient_edge(recording.outputs).node]
+    stack: list[Any] = [get_gradient_edge(recording.outputs).node]
     while stack:
         node = stack.pop()
         if node is None or node in seen:

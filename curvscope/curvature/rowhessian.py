@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import memory
 from ..operators import DenseOperator, Operator, RowHessianOperator
 from ..problem import Problem
+from ..problem.cotangents import require_differentiable
 from ..progress import track
 from .accumulate import accumulation_dtype, input_rows
 from .plan import BlockPlan
@@ -52,6 +53,7 @@ class RowHessianAccumulator:
             (gradient,) = torch.autograd.grad(
                 total, call.outputs, create_graph=True, allow_unused=True
             )
+            require_differentiable([gradient])
         if gradient is None:
             gradient = torch.zeros_like(call.outputs)
         second = VectorJacobian(gradient, [call.outputs], _CHUNK)

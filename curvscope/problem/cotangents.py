@@ -6,13 +6,36 @@ parameters for every sample at once; the outer products of these gradients are t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..errors import UnsupportedLayerError
 from .losses import Loss
+
+
+def require_differentiable(first: Iterable[Tensor | None]) -> None:
+    """Refuse gradients that autograd would silently take for constant somewhere.
+
+    The mark ``once_differentiable`` of a custom ``autograd.Function`` raises only if the way
+    through it leads on to a parameter; otherwise its second derivatives are zero, without a word.
+    """
+    seen: set[Any] = set()
+    stack = [value.grad_fn for value in first if value is not None]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "torch::autograd::Error":
+            raise UnsupportedLayerError(
+                "A custom torch.autograd.Function of the model is marked once_differentiable: "
+                "autograd takes its second derivatives for zero, without a word. Write its "
+                "backward with differentiable operations and leave out the mark."
+            )
+        stack.extend(follower for follower, _ in node.next_functions)
 
 
 def output_hessian_product(loss: Loss, outputs: Tensor, targets: Any, vectors: Tensor) -> Tensor:
@@ -20,6 +43,7 @@ def output_hessian_product(loss: Loss, outputs: Tensor, targets: Any, vectors: T
     z = outputs.detach().requires_grad_()
     with torch.enable_grad():
         (gradient,) = torch.autograd.grad(loss.total(z, targets), z, create_graph=True)
+    require_differentiable([gradient])
     if gradient.grad_fn is None and not gradient.requires_grad:
         return torch.zeros_like(vectors)
     (product,) = torch.autograd.grad(gradient, z, vectors, allow_unused=True)
