@@ -1,4 +1,4 @@
-"""Fast second derivatives of convolutions and BatchNorm: finite differences, torch's own."""
+"""Fast second derivatives of convolutions, BatchNorm and ReLU: finite differences, torch's own."""
 
 from __future__ import annotations
 
@@ -68,6 +68,18 @@ def test_batch_norm(shape, eps):
     assert gradgradcheck(lambda w, b: normalised(fixed, w, b).pow(2), (w, b))
 
 
+def test_relu():
+    x, c = leaf(4, 5, seed=0), leaf(4, 5, seed=1)
+    for relu in (F.relu, torch.relu, torch.Tensor.relu, nn.ReLU()):
+        assert torch.equal(fast(relu, x), x.relu())
+        assert gradgradcheck(lambda x, c, relu=relu: (fast(relu, x * c) * c).pow(3), (x, c))
+    bad = torch.tensor([float("nan"), -1.0], requires_grad=True)
+    assert fast(F.relu, bad)[0].isnan()
+    changed = (1 * x).clone()
+    fast(F.relu, changed, inplace=True)
+    assert float(changed.detach().min()) == 0
+
+
 def test_a_network_in_both_memory_formats():
     """Product of a whole net against torch's own formulas; running statistics move as ever."""
     model, twin = seeded(conv_net), seeded(conv_net)
@@ -102,7 +114,7 @@ def test_cases_left_to_torch():
         return names
 
     with FastSecondDerivatives():
-        assert {"_BatchNormBackward", "_ConvolutionBackward"} <= nodes(model(x))
+        assert {"_BatchNormBackward", "_ConvolutionBackward", "_ReLUBackward"} <= nodes(model(x))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert "_ConvolutionBackward" not in nodes(model(x))
         assert "_BatchNormBackward" not in nodes(model.eval()(x))
