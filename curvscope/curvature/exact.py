@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import DataError, OptionError, UnsupportedLossError, check_option
 from ..modes import plain_mode
-from ..problem import Problem, Snapshot
+from ..problem import Problem, Snapshot, require_problem
 from ..problem.data import select
 from .gram import record_batch
 from .products import EMPIRICAL, FISHER, GGN, HESSIAN, Kind
@@ -21,8 +21,7 @@ _ROUTES = ("auto", "gram", "rows", "autograd", "backpack")
 @plain_mode()
 def _make(problem: Problem, kind: Kind, route: str) -> WholeOperator:
     check_option("route", route, _ROUTES)
-    if not isinstance(problem, Problem):
-        raise OptionError(f"A Problem is needed, not {type(problem).__name__}.")
+    require_problem(problem)
     if route == "backpack" and (kind.matrix == EMPIRICAL or kind.samples is not None):
         raise OptionError(
             f"route='backpack' gives the exact matrix only, not the {kind.title}; use "

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..errors import OptionError, UnsupportedLossError, check_option
+from ..errors import UnsupportedLossError, check_option
 from ..layers import Call
 from ..modes import plain_mode
 from ..operators import (
@@ -32,7 +32,7 @@ from ..operators import (
     Provenance,
     kronecker_eigenvalue_correction,
 )
-from ..problem import Problem, Snapshot
+from ..problem import Problem, Snapshot, require_problem
 from ..progress import track
 from .accumulate import accumulation_dtype
 from .autograd import provenance
@@ -211,6 +211,7 @@ def collect_factors(
 
 def label_kind(problem: Problem, fisher: str, seed: int, samples: int = 1) -> Kind:
     """The distribution of labels behind ``fisher="exact"|"mc"|"empirical"``."""
+    require_problem(problem)
     check_option("fisher", fisher, ("exact", "mc", "empirical"))
     if fisher != "empirical" and problem.loss.likelihood is None:
         raise UnsupportedLossError(problem.loss.no_likelihood("Its Fisher"))
@@ -368,8 +369,7 @@ def ekfac(
 
 def prepared(problem: Problem, kind: Kind) -> Snapshot:
     """Check the problem for a matrix of this kind, and hold on to the current parameters."""
-    if not isinstance(problem, Problem):
-        raise OptionError(f"A Problem is needed, not {type(problem).__name__}.")
+    require_problem(problem)
     problem.check()
     at = problem.snapshot()
     if kind.needs_samples:

@@ -107,7 +107,10 @@ def make_blocks(
                 )
             members.update(found)
         if not members:
-            raise OptionError(f"blocks[{key!r}] names no parameter.")
+            raise OptionError(
+                f"blocks[{key!r}] names no parameter: give names of parameters or modules, or "
+                "leave it out."
+            )
         for name in members:
             if name in owner:
                 raise OptionError(

@@ -81,6 +81,11 @@ def recognise(loss: Any, reduction: Reduction = None) -> Loss:
     """
     if isinstance(reduction, str) or not (reduction is None or callable(reduction)):
         check_option("reduction", reduction, ("mean", "sum"))
+    if isinstance(loss, nn.Module) and any(p.requires_grad for p in loss.parameters()):
+        raise UnsupportedLossError(
+            f"The loss {type(loss).__name__} has trainable parameters, which no block would "
+            "contain. Make them part of the model, or freeze them with requires_grad_(False)."
+        )
     module = _as_module(loss, reduction)
     if module is None:
         return _callable_loss(loss, reduction)
@@ -94,11 +99,6 @@ def recognise(loss: Any, reduction: Reduction = None) -> Loss:
         raise UnsupportedLossError(
             f"{type(module).__name__}(reduction={own!r}) does not give one number; "
             "use reduction='mean' or 'sum'."
-        )
-    if any(p.requires_grad for p in module.parameters()):
-        raise UnsupportedLossError(
-            f"{type(module).__name__} has trainable parameters, which no block would contain. "
-            "Make them part of the model, or freeze them with requires_grad_(False)."
         )
     return _module_loss(module, own)
 
