@@ -150,7 +150,7 @@ def _finish(problem: Problem, rest: dict[str, Any]) -> Problem:
             batches = list(problem.batches())
         problem = problem.with_data(batches, **changes)
     if "samples" in rest and rest["samples"] < problem.n_samples:
-        problem = problem.subset(rest["samples"])
+        problem = problem.subset(rest["samples"], int(rest.get("seed") or 0))
     return problem
 
 

@@ -24,6 +24,7 @@ def remarks(
     for op in (reference, *approximations.values()):
         found += [f"{op.info.what}: {note}." for note in op.info.notes]
     for name, op in approximations.items():
+        found += _elsewhere(name, reference, op)
         own = [row for row in rows if row.approximation == name]
         if op.uncovered:
             found.append(
@@ -35,6 +36,29 @@ def remarks(
                 found.append(f"{name} on {row.block} failed: {row.note}")
         found += _scale(name, own)
     return list(dict.fromkeys(found))
+
+
+_SAME = {
+    "parameters": "other parameter values",
+    "reduction": "another reduction of the loss",
+    "samples": "another number of samples",
+    "terms": "another number of terms",
+    "loss": "another loss",
+    "batchnorm": "another treatment of BatchNorm",
+}
+
+
+def _elsewhere(name: str, reference: Operator, op: Operator) -> list[str]:
+    """One sentence if the two matrices were not taken at the same place, of the same objective."""
+    here, there = reference.info.settings, op.info.settings
+    differing = [
+        words
+        for key, words in _SAME.items()
+        if key in here and key in there and here[key] != there[key]
+    ]
+    if not differing:
+        return []
+    return [f"{name} and the reference were computed with {listing(differing)}."]
 
 
 def _scale(name: str, rows: Sequence[Row]) -> list[str]:

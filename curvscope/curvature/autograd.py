@@ -32,7 +32,7 @@ def is_convex(problem: Problem, kind: Kind) -> bool | None:
     return True if problem.loss.likelihood is not None or kind.needs_samples else None
 
 
-def provenance(problem: Problem, kind: Kind, route: str) -> Provenance:
+def provenance(problem: Problem, kind: Kind, route: str, at: Snapshot | None = None) -> Provenance:
     """What is known of a matrix of this problem before it is computed."""
     facts = problem.check()
     settings: dict[str, Any] = {
@@ -41,6 +41,7 @@ def provenance(problem: Problem, kind: Kind, route: str) -> Provenance:
         "samples": facts.samples,
         "terms": facts.terms,
         "batchnorm": problem.batchnorm,
+        "parameters": problem.fingerprint(at),
     }
     if kind.samples is not None:
         settings |= {"sampled_labels": kind.samples, "seed": kind.seed}
@@ -49,6 +50,10 @@ def provenance(problem: Problem, kind: Kind, route: str) -> Provenance:
     notes = []
     if trains_differently(problem.user_model) and problem.batchnorm == "eval":
         notes.append("computed as under eval(), although the model is in train mode")
+    if facts.coupled and facts.batches > 1 and problem.batchnorm == "eval":
+        notes.append(
+            "samples of a batch influence each other, so it is a quantity of the batches as given"
+        )
     if problem.batchnorm == "batch":
         notes.append("BatchNorm by batch statistics: a quantity of the batches as given")
     return Provenance(kind.title, route, kind.exact, settings, tuple(notes))
@@ -71,7 +76,7 @@ class AutogradOperator(Operator):
         self.dtype = torch.promote_types(problem.dtype, torch.float32)
         self.device = problem.device
         self.positive_semidefinite = None if kind.matrix == HESSIAN else is_convex(problem, kind)
-        self.info = provenance(problem, kind, "autograd")
+        self.info = provenance(problem, kind, "autograd", at)
         self._kept: Tensor | None = None
         self._trusted = False  # whether a product has been checked
 

@@ -15,7 +15,7 @@ from ..errors import UnsupportedLayerError
 from ..modes import plain_mode
 from ..operators import Blocks, LowRankOperator, Operator
 from ..problem import Problem, Snapshot
-from .autograd import AutogradOperator, is_convex, provenance
+from .autograd import AutogradOperator, is_convex
 from .gram import RouteFailed, gram_blocks, plans_for, row_blocks
 from .plan import BlockPlan
 from .products import GGN, HESSIAN, Kind
@@ -120,8 +120,8 @@ class WholeOperator(AutogradOperator):
         seconds = time.perf_counter() - start
         for name, block in found.items():
             block.layout = self.problem.layout.restrict(self.members[name])
-            block.info = provenance(self.problem, self.kind, route).with_(
-                seconds=seconds / len(found), passes=passes / len(found)
+            block.info = self.info.with_(
+                route=route, seconds=seconds / len(found), passes=passes / len(found)
             )
             if self.kind.matrix != HESSIAN or route == "piecewise-linear":
                 block.positive_semidefinite = is_convex(self.problem, kind)

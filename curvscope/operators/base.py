@@ -254,6 +254,9 @@ class Operator(ABC):
 
         return add(self, other) if isinstance(other, Operator) else NotImplemented
 
+    def __radd__(self, other: Any) -> Operator:
+        return self if other == 0 else NotImplemented  # sum() begins with 0
+
     def __sub__(self, other: Operator) -> Operator:
         return self + (-1.0) * other if isinstance(other, Operator) else NotImplemented
 

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import BatchNormError, NonDeterministicError, NonFiniteError, UnsupportedLossError
+from ..errors import (
+    BatchNormError,
+    CurvscopeError,
+    NonDeterministicError,
+    NonFiniteError,
+    UnsupportedLossError,
+)
 from .data import leaves, sample_count, select
 
 if TYPE_CHECKING:
@@ -23,6 +29,7 @@ class Facts:
     terms: float
     batches: int
     total: float
+    coupled: bool = False  # outputs of a sample depend on the other samples of its batch
 
 
 def finite_parameters(model: nn.Module) -> None:
@@ -36,6 +43,31 @@ def finite_parameters(model: nn.Module) -> None:
             )
 
 
+def parts_of(inputs: Any, targets: Any) -> list[tuple[Any, Any]]:
+    """A batch cut into two parts along the sample axis."""
+    samples = sample_count(inputs, targets)
+    cut = samples // 3 or 1
+    index = torch.arange(samples)
+    return [
+        (select(inputs, part, samples), select(targets, part, samples))
+        for part in (index[:cut], index[cut:])
+    ]
+
+
+def coupled(problem: Problem, inputs: Any, targets: Any, outputs: Tensor) -> bool:
+    """Whether the outputs of a sample change with the other samples of its batch."""
+    try:
+        parts = [problem.outputs(part).detach() for part, _ in parts_of(inputs, targets)]
+        joint = torch.cat(parts)
+    except (CurvscopeError, RuntimeError, ValueError, IndexError):
+        return False  # the first axis is not the samples' alone; nothing can be said
+    if joint.shape != outputs.shape:
+        return False
+    scale = float(outputs.abs().max()) or 1.0
+    tolerance = 1e3 * torch.finfo(outputs.dtype).eps ** 0.75
+    return not float((joint - outputs).abs().max()) <= tolerance * scale
+
+
 def additive(problem: Problem, inputs: Any, targets: Any, whole: Tensor) -> None:
     """A plain callable must be a sum, or a mean over its count, of terms."""
     samples = sample_count(inputs, targets)
@@ -43,10 +75,8 @@ def additive(problem: Problem, inputs: Any, targets: Any, whole: Tensor) -> None
         return
     if problem.batchnorm == "batch":
         return
-    parts = (torch.arange(0, samples // 3 or 1), torch.arange(samples // 3 or 1, samples))
     value = torch.zeros((), dtype=torch.float64)
-    for part in parts:
-        chosen = select(inputs, part, samples), select(targets, part, samples)
+    for chosen in parts_of(inputs, targets):
         outputs = problem.outputs(chosen[0]).detach()
         value = value + problem.batch_total(outputs, chosen[1]).double().cpu()
     scale = max(abs(float(whole)), abs(float(value)), 1e-30)

@@ -165,6 +165,10 @@ class Problem:
                 for target, source in zip(mine, theirs, strict=True):
                     target.copy_(source)
 
+    def fingerprint(self, at: Snapshot | None = None) -> str:
+        """A short name of the parameters' values, now or at a snapshot."""
+        return state.fingerprint(self.model.parameters() if at is None else at.parameters)
+
     def snapshot(self) -> Snapshot:
         """Copy the current values of parameters and buffers."""
         self._synchronise()
@@ -285,7 +289,9 @@ class Problem:
         return first
 
     def _pass(self, seed: int) -> Facts:
-        samples, terms, count, total, checked = 0, 0.0, 0, 0.0, self._unchecked
+        samples, terms, count, total = 0, 0.0, 0, 0.0
+        coupled = self.batchnorm == "batch"
+        look = not self._unchecked and self._facts is None and seed == 0
         # gradients stay enabled: models may differentiate inside forward, and take other kernels
         # without them
         with self.session():
@@ -296,14 +302,15 @@ class Problem:
                 if not bool(torch.isfinite(value)):
                     checks.blame(self, inputs, count, float(value))
                 size = sample_count(inputs, targets)
-                if size > 1 and not checked:
+                if size > 1 and look:
                     checks.additive(self, inputs, targets, value)
-                    checked = True
+                    if count == 0 and not coupled:
+                        coupled = checks.coupled(self, inputs, targets, outputs)
                 samples += size
                 terms += self.loss.count(outputs, targets)
                 total += float(value)
                 count += 1
-        return Facts(samples, terms, count, total)
+        return Facts(samples, terms, count, total, coupled)
 
     def batch_total(self, outputs: Tensor, targets: Any) -> Tensor:
         """Unnormalised loss of a batch; errors of the loss become ``TargetError``."""
@@ -361,7 +368,9 @@ class Problem:
         """
         samples = self.n_samples
         if not 1 <= n <= samples:
-            raise OptionError(f"subset({n}): the problem has {samples} samples.")
+            raise OptionError(
+                f"subset({n}): the problem has {samples} samples; take between 1 and {samples}."
+            )
         generator = torch.Generator().manual_seed(seed)
         chosen = torch.randperm(samples, generator=generator)[:n].sort().values
         parts, start = [], 0
@@ -411,6 +420,15 @@ class Problem:
         return (
             f"Problem({self.name!r}, {self.layout.numel} parameters, blocks="
             f"{list(self.blocks)}, loss={self.loss.name!r})"
+        )
+
+
+def require_problem(problem: Any) -> None:
+    """Raise ``OptionError`` for anything but a :class:`Problem`."""
+    if not isinstance(problem, Problem):
+        raise OptionError(
+            f"A Problem is needed, not {type(problem).__name__}: make one with "
+            "cs.Problem(model, loss, data)."
         )
 
 
