@@ -11,6 +11,8 @@ from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 from torch import Tensor
 
 _DIRECT = 500  # rows up to which a full eigen-decomposition beats iterating
+_PRODUCTS = 400  # after which a full decomposition is as cheap
+_NORM_TOL = 1e-10
 _STEPS = 30
 _TOL = 1e-3
 
@@ -20,22 +22,9 @@ def leading_of_dense(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
     By ARPACK for large matrices, and by a full decomposition where that has not converged.
     """
-    size = matrix.shape[0]
-    if size > max(_DIRECT, 4 * count):
-
-        def multiply(array: np.ndarray) -> np.ndarray:
-            vector = torch.from_numpy(np.array(array, dtype=np.float64).reshape(-1))
-            return (matrix @ vector.to(matrix.device)).cpu().numpy()
-
-        linear = LinearOperator((size, size), matvec=multiply, dtype=np.float64)
-        start = _start(size).numpy()
+    if matrix.shape[0] > max(_DIRECT, 4 * count):
         try:
-            values, vectors = eigsh(linear, k=count, which="LM", tol=0, v0=start)
-            order = np.argsort(-np.abs(values), kind="stable")
-            return (
-                torch.as_tensor(values[order], device=matrix.device),
-                torch.as_tensor(np.ascontiguousarray(vectors[:, order]), device=matrix.device),
-            )
+            return _arpack(matrix, count, tol=0.0)
         except ArpackError:  # not converged, or a matrix that maps the start to zero
             pass
     found, basis = torch.linalg.eigh(matrix)
@@ -44,10 +33,39 @@ def leading_of_dense(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def norm_of_dense(matrix: Tensor) -> float:
-    """Spectral norm of a symmetric ``[d, d]``, to rounding."""
-    if matrix.shape[0] <= _DIRECT:
-        return float(torch.linalg.eigvalsh(matrix).abs().max())
-    return float(leading_of_dense(matrix, 1)[0].abs()[0])
+    """Spectral norm of a symmetric ``[d, d]``, to ten digits at least."""
+    if matrix.shape[0] > _DIRECT:
+        try:
+            return float(_arpack(matrix, 1, tol=_NORM_TOL)[0].abs()[0])
+        except ArpackError:
+            pass
+    return float(torch.linalg.eigvalsh(matrix).abs().max())
+
+
+def _arpack(matrix: Tensor, count: int, tol: float) -> tuple[Tensor, Tensor]:
+    """Raises ``ArpackError`` once the products cost as much as a full decomposition would."""
+    size = matrix.shape[0]
+
+    def multiply(array: np.ndarray) -> np.ndarray:
+        vector = torch.from_numpy(np.array(array, dtype=np.float64).reshape(-1))
+        return (matrix @ vector.to(matrix.device)).cpu().numpy()
+
+    linear = LinearOperator((size, size), matvec=multiply, dtype=np.float64)
+    krylov = min(size, max(2 * count + 1, 40))
+    values, vectors = eigsh(
+        linear,
+        k=count,
+        which="LM",
+        tol=tol,
+        v0=_start(size).numpy(),
+        ncv=krylov,
+        maxiter=max(1, _PRODUCTS // (krylov - count)),
+    )
+    order = np.argsort(-np.abs(values), kind="stable")
+    return (
+        torch.as_tensor(values[order], device=matrix.device),
+        torch.as_tensor(np.ascontiguousarray(vectors[:, order]), device=matrix.device),
+    )
 
 
 def leading_by_products(
