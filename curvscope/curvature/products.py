@@ -222,18 +222,25 @@ def _double_backward(
     back = torch.autograd.grad(outputs, parameters, w, create_graph=True, allow_unused=True)
     require_differentiable(back)
     used = [(g, i) for i, g in enumerate(back) if g is not None and g.requires_grad]
-    if not used and not check:
-        return result
-    for j in range(vectors.shape[1]):
-        column = vectors[:, j].to(outputs.dtype)
+
+    def forward(column: Tensor) -> Tensor:
+        """``J v``."""
         v = [part.reshape(p.shape) for part, p in zip(column.split(split), parameters, strict=True)]
-        jv = torch.zeros_like(outputs)
-        if used:
-            (jv,) = torch.autograd.grad(
-                [g for g, _ in used], w, [v[i] for _, i in used], retain_graph=True
-            )
-        if check and j == 0:
-            _adjoint(outputs, parameters, column, jv)
+        if not used:
+            return torch.zeros_like(outputs)
+        (jv,) = torch.autograd.grad(
+            [g for g, _ in used],
+            w,
+            [v[i] for _, i in used],
+            retain_graph=True,
+            allow_unused=True,
+        )
+        return torch.zeros_like(outputs) if jv is None else jv
+
+    if check:
+        _adjoint(outputs, parameters, forward)
+    for j in range(vectors.shape[1]):
+        jv = forward(vectors[:, j].to(outputs.dtype))
         gradients = torch.autograd.grad(
             outputs, parameters, middle(jv), retain_graph=True, allow_unused=True
         )
@@ -242,10 +249,12 @@ def _double_backward(
     return result
 
 
-def _adjoint(outputs: Tensor, parameters: Sequence[Tensor], v: Tensor, jv: Tensor) -> None:
-    """Raise :class:`_NotLinear` unless ``<u, J v> = <J^T u, v>`` for a random ``u``."""
-    noise = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(0))
-    u = noise.to(outputs)
+def _adjoint(outputs: Tensor, parameters: Sequence[Tensor], forward: Product) -> None:
+    """Raise :class:`_NotLinear` unless ``<u, J v> = <J^T u, v>`` for random ``u`` and ``v``."""
+    generator = torch.Generator().manual_seed(0)
+    u = torch.randn(outputs.shape, generator=generator).to(outputs)
+    v = torch.randn(sum(p.numel() for p in parameters), generator=generator).to(outputs)
+    jv = forward(v)
     gradients = torch.autograd.grad(outputs, parameters, u, retain_graph=True, allow_unused=True)
     jtu = _flatten([None if g is None else g.unsqueeze(0) for g in gradients], parameters)[0]
     left, right = float((u.double() * jv).sum()), float((jtu.double() * v).sum())
@@ -312,9 +321,9 @@ def symmetrised(matrix: Tensor, what: str, dtype: torch.dtype) -> Tensor:
     tolerance = {torch.float64: 1e-4, torch.float32: 0.05}.get(dtype, 1.0)
     if gap > tolerance * size:
         raise UnsupportedLayerError(
-            f"{what} comes out asymmetric ({gap / size:.2g} of its norm): autograd's gradient is "
-            "not that of the objective, or an operation has a wrong second derivative. Look for "
-            "detach(), straight-through estimators and custom autograd functions (cs.ggn needs "
-            "first derivatives only), or take dtype=torch.float64 if rounding is the cause."
+            f"{what} comes out asymmetric ({gap / size:.2g} of its norm): an operation of the "
+            "model has a wrong second derivative. Look for custom autograd functions whose "
+            "backward is not made of torch operations (cs.ggn needs first derivatives only), or "
+            "take dtype=torch.float64 if rounding is the cause."
         )
     return (matrix + matrix.mT) / 2
