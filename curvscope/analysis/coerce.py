@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import OptionError
 from ..operators import DenseOperator, Operator
+from ..problem import Problem
 
 
 def as_operator(matrix: Any, name: str = "The matrix") -> Operator:
@@ -20,6 +21,11 @@ def as_operator(matrix: Any, name: str = "The matrix") -> Operator:
         if matrix.dtype.kind not in "fiub":
             raise OptionError(f"{name} holds {matrix.dtype}; it must hold real numbers.")
         matrix = torch.from_numpy(np.array(matrix))
+    if isinstance(matrix, Problem):
+        raise OptionError(
+            f"{name} is a Problem; say which of its matrices: cs.ggn(problem), "
+            "cs.hessian(problem), cs.kfac(problem), ..."
+        )
     if not isinstance(matrix, Tensor):
         raise OptionError(
             f"{name} must be an Operator, a torch tensor or a NumPy array, "

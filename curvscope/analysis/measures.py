@@ -17,6 +17,11 @@ _LEADING = 10  # eigenvectors compared
 _CONSTANT = 1e-12  # relative spread of a diagonal that is all one number
 
 
+def relative(rr: float, rb: float, bb: float, gap: float) -> float:
+    """``||R - B|| / ||R||`` from the squared distance."""
+    return math.sqrt(gap / rr) if rr else math.nan
+
+
 def rescaled(rr: float, rb: float, bb: float, gap: float) -> float:
     """``sqrt(1 - cos^2)`` from the moments."""
     if not rr:

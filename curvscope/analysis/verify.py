@@ -109,8 +109,9 @@ class Verification(Result):
             "the problem can be trusted" if self.trusted else "the problem must not be trusted yet"
         )
         lines = [
-            f"{self.problem}: {verdict}. {count[PASSED]} of {len(self.checks)} checks passed, "
-            f"{count[FAILED]} failed, {count[SKIPPED]} undecided (on {self.samples} samples in "
+            f"{self.problem}: {verdict}. Of {len(self.checks)} checks {count[PASSED]} passed, "
+            f"{count[FAILED]} failed, {count[SKIPPED]} are undecided and "
+            f"{len(self.checks) - sum(count.values())} do not apply (on {self.samples} samples in "
             f"{self.dtype}, {self.cost})."
         ]
         lines += [

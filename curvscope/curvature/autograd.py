@@ -14,6 +14,7 @@ from ..problem import Problem, Snapshot, flat_gradient
 from ..problem.cotangents import require_differentiable
 from ..problem.state import trains_differently
 from ..progress import track
+from .gram import cotangents, pass_count
 from .products import (
     EMPIRICAL,
     HESSIAN,
@@ -23,6 +24,7 @@ from .products import (
     symmetrised,
     twice_differentiable,
 )
+from .recording import Recording
 
 _CACHED = 4096
 
@@ -114,6 +116,9 @@ class AutogradOperator(Operator):
     def _columns(self) -> Tensor:
         size = self.shape[0]
         if self.kind.matrix != HESSIAN:
+            by_rows = self._outer_products()
+            if by_rows is not None:
+                return by_rows
             eye = torch.eye(size, dtype=self.dtype, device=self.device)
             parts = [self._matmat(part.mT) for part in track(eye.split(64), self._label())]
             return torch.cat(parts, 1)
@@ -125,6 +130,33 @@ class AutogradOperator(Operator):
                     with twice_differentiable():
                         self._add_hessian(total, result)
         return result * self.problem.scale
+
+    def _outer_products(self) -> Tensor | None:
+        """``V^T V`` with a backward pass per sample and output, where that is the cheaper way.
+
+        A product costs three passes, a vector one. ``None`` where there are too many vectors.
+        """
+        problem, size = self.problem, self.shape[0]
+        result = torch.zeros(size, size, dtype=self.dtype, device=self.device)
+        generator = self.kind.generator()
+        with problem.session(self.at):
+            for inputs, targets in problem.batches():
+                outputs = problem.outputs(inputs)
+                n = problem.count_samples(inputs, targets)
+                if not outputs.requires_grad or outputs.ndim == 0 or outputs.shape[0] % n:
+                    return None
+                recording = Recording(outputs, targets, n, [])
+                if n * pass_count(problem, self.kind, recording) > 3 * size:
+                    return None
+                back = VectorJacobian(outputs, self.parameters)
+                fold = outputs.shape[0] // n
+                shape = (n, fold, *[1] * (outputs.ndim - 1))
+                eye = torch.eye(n, dtype=outputs.dtype, device=outputs.device)
+                masks = eye.repeat_interleave(fold, 1).reshape(n, n * fold, *shape[2:])
+                for u, sign in cotangents(problem, self.kind, recording, generator):
+                    v = back(masks * u).to(self.dtype)
+                    result.addmm_((v if sign is None else v * sign.to(v).unsqueeze(1)).mT, v)
+        return result * problem.scale
 
     def _add_hessian(self, total: Tensor, result: Tensor) -> None:
         """Add one batch's Hessian, row by row."""

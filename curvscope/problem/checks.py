@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import (
     BatchNormError,
     CurvscopeError,
+    ModelError,
     NonDeterministicError,
     NonFiniteError,
     UnsupportedLossError,
@@ -68,6 +69,21 @@ def coupled(problem: Problem, inputs: Any, targets: Any, outputs: Tensor) -> boo
     return not float((joint - outputs).abs().max()) <= tolerance * scale
 
 
+def first_outputs(problem: Problem, inputs: Any) -> Tensor:
+    """The outputs of the first batch; what the model raises becomes a ``ModelError``."""
+    try:
+        return problem.outputs(inputs)
+    except CurvscopeError:
+        raise
+    except Exception as error:
+        given = ", ".join(f"{list(x.shape)} {str(x.dtype)[6:]}" for x in leaves(inputs))
+        raise ModelError(
+            f"The model failed on the inputs of the first batch ({given or type(inputs).__name__})"
+            f": {type(error).__name__}: {error}. Check that they fit the model, or say how it is "
+            "called with forward=lambda model, inputs: ..."
+        ) from error
+
+
 def additive(problem: Problem, inputs: Any, targets: Any, whole: Tensor) -> None:
     """A plain callable must be a sum, or a mean over its count, of terms."""
     samples = sample_count(inputs, targets)
@@ -81,7 +97,8 @@ def additive(problem: Problem, inputs: Any, targets: Any, whole: Tensor) -> None
         value = value + problem.batch_total(outputs, chosen[1]).double().cpu()
     scale = max(abs(float(whole)), abs(float(value)), 1e-30)
     tolerance = min(1e3 * torch.finfo(problem.dtype).eps ** 0.75, 0.05)
-    if abs(float(value) - float(whole)) > tolerance * scale:
+    # a part without any target has a mean of 0/0: NaN must not pass either
+    if not abs(float(value) - float(whole)) <= tolerance * scale:
         raise UnsupportedLossError(
             f"The loss {problem.loss.name!r} with reduction={problem.loss.reduction!r} is not "
             "additive over samples: two parts of a batch give "

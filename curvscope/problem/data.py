@@ -128,7 +128,13 @@ class Batches:
 
     def _split(self, item: Any) -> Batch:
         if self.unpack is not None:
-            item = self.unpack(item)
+            try:
+                item = self.unpack(item)
+            except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+                raise DataError(
+                    f"unpack= failed on a batch of type {type(item).__name__} "
+                    f"({type(error).__name__}: {error}). It must return (inputs, targets)."
+                ) from error
         if not isinstance(item, tuple | list) or len(item) != 2:
             kind = type(item).__name__
             size = f" of {len(item)}" if isinstance(item, tuple | list | Mapping) else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -296,7 +297,8 @@ class Problem:
         # without them
         with self.session():
             for inputs, targets in self.batches(seed):
-                outputs = self.outputs(inputs).detach()
+                run = self.outputs if count else functools.partial(checks.first_outputs, self)
+                outputs = run(inputs).detach()
                 self.loss.check(outputs, targets)
                 value = self.batch_total(outputs, targets)
                 if not bool(torch.isfinite(value)):
