@@ -16,6 +16,8 @@ from torch import Tensor
 from ..errors import SingularError
 
 _ROOT_HALF = math.sqrt(0.5)
+_ROUNDINGS, _REPEATS = 20, 4  # a secant residual above so many roundings is removed
+_SHRUNK = 2  # a matrix that was larger by this factor may have lost definiteness to rounding
 SKIP = 1e-4  # an update is skipped if s^T y <= SKIP * s^T s * ||gradient||
 
 
@@ -94,21 +96,77 @@ def bfgs_update(H: Tensor, s: Tensor, y: Tensor, norm: Tensor) -> Tensor:
     """The BFGS update of ``H``, in place; returns where it was done.
 
     ``H <- H + (rho^2 y^T H y + rho) s s^T - rho (s (Hy)^T + (Hy) s^T)``, ``rho = 1 / s^T y``, which
-    is ``H + s u^T + u s^T`` with ``u = (rho^2 y^T H y + rho) / 2 s - rho Hy``. Skipped (a group
-    stays as it is) unless :func:`acceptable` and finite. Cost: O(n^2).
+    is ``H + s u^T + u s^T`` with ``u = rho r - rho^2 r^T y / 2 s``, ``r = s - H y``. Skipped (a
+    group stays as it is) unless :func:`acceptable` and finite. Cost: O(n^2).
     """
-    Hy = times(H, y)
-    rho = 1 / dot(s, y)
-    u = (rho * rho * dot(y, Hy) + rho) / 2 * s - rho * Hy
-    ratio = (u.norm(dim=-1, keepdim=True) / s.norm(dim=-1, keepdim=True)).sqrt()
-    accepted = acceptable(s, y, norm) & torch.isfinite(ratio) & (ratio > 0)
-    s, u = torch.where(accepted, s * ratio, 0), torch.where(accepted, u / ratio, 0)
+    return _add_correction(H, s, y, acceptable(s, y, norm))
+
+
+def _add_correction(H: Tensor, s: Tensor, y: Tensor, where: Tensor) -> Tensor:
+    """``H += s u^T + u s^T`` in the groups of the mask, unless not finite; returns where."""
+    length = s.norm(dim=-1, keepdim=True)
+    s, y = s / length, y / length  # the same update, without over- and underflow
+    r, rho = s - times(H, y), 1 / dot(s, y)
+    u = rho * r - rho * (rho * dot(r, y)) / 2 * s
+    ratio = u.norm(dim=-1, keepdim=True).sqrt()  # balances p and q below
+    where = where & torch.isfinite(ratio)
+    change = where & (ratio > 0)
+    s, u = torch.where(change, s * ratio, 0), torch.where(change, u / ratio, 0)
     # p p^T - q q^T with p, q = (s +- u) / sqrt(2): symmetric to the last bit, entry by entry, which
     # s u^T plus its transpose would only be with a slow transposed addition
     p, q = (s + u) * _ROOT_HALF, (s - u) * _ROOT_HALF
     H.addcmul_(p.unsqueeze(-1), p.unsqueeze(-2))
     H.addcmul_(q.unsqueeze(-1), q.unsqueeze(-2), value=-1)
-    return accepted
+    return where
+
+
+def largest_diagonal(H: Tensor) -> Tensor:
+    """The largest diagonal entry ``[groups, 1]``; the largest eigenvalue is at least that."""
+    return H.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True)
+
+
+def guarded_update(
+    H: Tensor, s: Tensor, y: Tensor, norm: Tensor, peak: Tensor
+) -> tuple[Tensor, Tensor]:
+    """:func:`bfgs_update`, kept sound in floating point; returns where it was done, and ``peak``.
+
+    Where ``H`` was much larger before, its rounding errors are not small beside what is left of it.
+    Negative eigenvalues that they bring are removed (:func:`keep_definite`), and where they leave
+    ``H y = s`` unmet, the same update again takes that away. Usually there is nothing to do.
+    """
+    accepted = left = bfgs_update(H, s, y, norm)
+    for _ in range(_REPEATS):
+        peak = keep_definite(H, peak)
+        size = largest_diagonal(H) * y.norm(dim=-1, keepdim=True)
+        limit = _ROUNDINGS * torch.finfo(H.dtype).eps * size
+        left = left & ((s - times(H, y)).norm(dim=-1, keepdim=True) > limit)
+        if not bool(left.any()):
+            break
+        _add_correction(H, s, y, left)
+    return accepted, peak
+
+
+def keep_definite(H: Tensor, peak: Tensor) -> Tensor:
+    """Remove negative eigenvalues that rounding has left behind, in place; returns the new peak.
+
+    ``peak`` ``[groups, 1]`` is the largest diagonal entry since the last time it was looked. The
+    errors in ``H`` are of the size of the rounding of ``peak``: as long as ``H`` is not much
+    smaller, nothing is done. Cost: one Cholesky decomposition where it has become so, one
+    eigen-decomposition where that fails.
+    """
+    now = largest_diagonal(H)
+    shrunk = now < peak / _SHRUNK
+    if not bool(shrunk.any()):
+        return torch.maximum(peak, now)
+    for g in shrunk.flatten().nonzero().flatten().tolist():
+        exact = H[g].double()
+        least = _ROUNDINGS / 4 * torch.finfo(H.dtype).eps * float(now[g])
+        one = torch.eye(len(exact), dtype=exact.dtype, device=exact.device)
+        if int(torch.linalg.cholesky_ex(exact - least * one).info):
+            values, vectors = torch.linalg.eigh(exact)
+            clipped = (vectors * values.clamp(min=least)) @ vectors.mT
+            H[g] = ((clipped + clipped.mT) / 2).to(H.dtype)
+    return torch.where(shrunk, largest_diagonal(H), torch.maximum(peak, now))
 
 
 def hessian_action(H: Tensor, A: Tensor, eps: float, mean: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,17 +226,33 @@ def remember(memory: Memory, s: Tensor, y: Tensor, norm: Tensor) -> tuple[Memory
     return Memory(S, Y, filled), accepted
 
 
-def compact_times(memory: Memory, V: Tensor) -> Tensor:
+def memory_times(memory: Memory, V: Tensor) -> Tensor:
     """``H V`` for ``V`` ``[groups, n, k]`` with the L-BFGS matrix ``H`` of initial matrix I.
 
-    The compact form of Byrd, Nocedal and Schnabel (1994, theorem 2.2): with ``S``, ``Y`` in
-    columns, ``R`` the upper triangle of ``S^T Y`` and ``D`` its diagonal,
-    ``H = I + S R^-T (D + Y^T Y) R^-1 S^T - S R^-T Y^T - Y R^-1 S^T``.
-    The small systems are solved in float64. Cost: O(m n k).
+    In compact form; but with more than n / 2 pairs, which are then close to linearly dependent,
+    by updating a matrix pair by pair in float64.
     """
     used = int(memory.filled.max())
     if used == 0:
         return V.clone()
+    if 2 * used < V.shape[1]:
+        return compact_times(memory, V)
+    S, Y = memory.S[:, -used:].double(), memory.Y[:, -used:].double()
+    H = torch.eye(S.shape[2], dtype=S.dtype, device=V.device).repeat(len(S), 1, 1)
+    peak = largest_diagonal(H)
+    for s, y in zip(S.unbind(1), Y.unbind(1)):  # empty slots are not acceptable
+        _, peak = guarded_update(H, s, y, torch.zeros_like(peak), peak)
+    return matmul(H.to(V.dtype), V)
+
+
+def compact_times(memory: Memory, V: Tensor) -> Tensor:
+    """``H V`` by the compact form of Byrd, Nocedal and Schnabel (1994, theorem 2.2).
+
+    With ``S``, ``Y`` in columns, ``R`` the upper triangle of ``S^T Y`` and ``D`` its diagonal,
+    ``H = I + S R^-T (D + Y^T Y) R^-1 S^T - S R^-T Y^T - Y R^-1 S^T``. The small systems are solved
+    in float64. Cost: O(m n k).
+    """
+    used = int(memory.filled.max())
     S, Y = memory.S[:, -used:], memory.Y[:, -used:]
     S64, Y64 = S.double(), Y.double()
     SY, YY = S64 @ Y64.mT, Y64 @ Y64.mT

@@ -3,7 +3,7 @@
 The state of a layer with ``groups``, ``out`` and ``in`` (the 1 of a bias included) is a dictionary
 of ``A``, ``H_a`` ``[groups, in, in]``, the momentum ``M`` ``[groups, out, in]``, the smoothed pair
 ``s``, ``y`` ``[groups, out]``, and ``H_g`` ``[groups, out, out]`` or the memory ``S``, ``Y``,
-``filled``.
+``filled``; ``peak_a`` and ``peak_g`` are for :func:`~.bfgs.keep_definite`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from torch import Tensor
 
 from .bfgs import (
     Memory,
-    bfgs_update,
-    compact_times,
     double_damping,
+    guarded_update,
     hessian_action,
+    largest_diagonal,
     matmul,
+    memory_times,
     remember,
     symmetric_inverse,
     times,
@@ -44,9 +45,11 @@ def begin(state: State, layer: Layer, memory: int | None, eps: float) -> None:
     groups, out, inp = layer.view.shape
     state["M"] = A.new_zeros(groups, out, inp)
     state["H_a"] = symmetric_inverse(A, eps, f"The factor A of layer {layer.block!r}")
+    state["peak_a"] = largest_diagonal(state["H_a"])
     state["s"], state["y"] = A.new_zeros(groups, out), A.new_zeros(groups, out)
     if memory is None:
         state["H_g"] = torch.eye(out, dtype=A.dtype, device=A.device).repeat(groups, 1, 1)
+        state["peak_g"] = largest_diagonal(state["H_g"])
     else:
         state.update(Memory.empty(memory, state["s"])._asdict())
     state["counts"] = torch.zeros(len(COUNTS), dtype=torch.long, device=A.device)
@@ -57,7 +60,7 @@ def direction(state: State) -> Tensor:
     half = matmul(state["M"], state["H_a"])
     if "H_g" in state:
         return matmul(state["H_g"], half)
-    return compact_times(_memory(state), half)
+    return memory_times(_memory(state), half)
 
 
 def learn_pair(
@@ -72,10 +75,11 @@ def learn_pair(
     s, y = state["s"], state["y"]  # stay undamped
     if "H_g" in state:
         pair = double_damping(s, y, times(state["H_g"], y), eps)
-        done = bfgs_update(state["H_g"], pair.s, pair.y, norm)
+        H, peak = state["H_g"], state["peak_g"]
+        done, state["peak_g"] = guarded_update(H, pair.s, pair.y, norm, peak)
     else:
         memory = _memory(state)
-        Hy = compact_times(memory, y.unsqueeze(-1)).squeeze(-1)
+        Hy = memory_times(memory, y.unsqueeze(-1)).squeeze(-1)
         pair = double_damping(s, y, Hy, eps)
         memory, done = remember(memory, pair.s, pair.y, norm)
         state.update(memory._asdict())
@@ -85,7 +89,8 @@ def learn_pair(
 def learn_input(state: State, mean: Tensor, eps: float) -> dict[str, Tensor]:
     """Step 7, "Hessian-action BFGS": update ``H_a`` with ``s = H_a a``, ``y = (A + eps I) s``."""
     s, y = hessian_action(state["H_a"], state["A"], eps, mean)
-    done = bfgs_update(state["H_a"], s, y, mean.norm(dim=-1, keepdim=True))
+    norm, peak = mean.norm(dim=-1, keepdim=True), state["peak_a"]
+    done, state["peak_a"] = guarded_update(state["H_a"], s, y, norm, peak)
     return {"input_done": done, "input_s": s, "input_y": y}
 
 
@@ -108,7 +113,7 @@ def output_inverse(state: State) -> Tensor:
     memory = _memory(state)
     groups, _, out = memory.S.shape
     one = torch.eye(out, dtype=memory.S.dtype, device=memory.S.device).repeat(groups, 1, 1)
-    H = compact_times(memory, one)
+    H = memory_times(memory, one)
     return (H + H.mT) / 2
 
 
