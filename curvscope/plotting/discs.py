@@ -69,15 +69,15 @@ def _alone(centres: np.ndarray, radii: np.ndarray) -> np.ndarray:
 
 
 def _circles(ax: Axes, centres: np.ndarray, radii: np.ndarray, alone: np.ndarray) -> None:
+    from matplotlib.colors import to_rgba
     from matplotlib.patches import Circle
 
     for k in np.argsort(-radii):
         colour = PALETTE[2] if alone[k] else PALETTE[0]
         ax.add_patch(
-            Circle((centres[k], 0), radii[k], fc=colour, ec=colour, alpha=0.10, lw=0, zorder=1)
-        )
-        ax.add_patch(
-            Circle((centres[k], 0), radii[k], fc="none", ec=colour, alpha=0.7, lw=0.6, zorder=1.5)
+            Circle(
+                (centres[k], 0), radii[k], fc=to_rgba(colour, 0.1), ec=to_rgba(colour, 0.7), lw=0.6
+            )
         )
     tall = float(radii.max()) or 0.1
     corners = [(float((centres - radii).min()), -tall), (float((centres + radii).max()), tall)]

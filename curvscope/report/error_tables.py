@@ -122,4 +122,9 @@ def _metric_cell(row: Row, key: str) -> Cell:
         return Cell(NOTHING, title=row.reasons.get(key, ""))
     text = with_error(value, row.stderr.get(key, math.nan))
     colour = shade(value) if key == "error" else None
-    return Cell(text, sort=value, title=row.method.get(key, ""), shade=colour)
+    return Cell(
+        text,
+        sort=value,
+        title="estimated" if row.method.get(key) == "estimated" else "",
+        shade=colour,
+    )

@@ -12,7 +12,7 @@ from ..errors import CurvscopeError
 from ..plot import style
 from .figure_plans import Plan, plans
 from .findings import Findings
-from .svg import for_page
+from .svg import for_page, lighter
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,7 +54,8 @@ def _picture(plan: Plan, name: str, folder: Path) -> Picture:
             plan.draw(figure)
         except CurvscopeError as error:
             return replace(blank, reason=str(error))
-        markup = _svg(figure)
+        markup = lighter(_svg(figure))
+        figure.set_layout_engine("none")  # it stays as it is, and need not be laid out again
         figure.savefig(folder / f"{name}.png", dpi=150)
     (folder / f"{name}.svg").write_text(markup, encoding="utf-8")
     return replace(blank, svg=for_page(markup, name, plan.alt), width=round(plan.size[0] * 96))

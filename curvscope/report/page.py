@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from .findings import Findings
 from .layer_table import anchor, layer_table
 from .numbers import percent, seconds, shown
 from .summary import best, summary, warnings
+from .svg import share_styles
 from .tables import (
     approximation_table,
     concentration_table,
@@ -40,6 +41,7 @@ class Layer:
 def render(found: Findings, pictures: Sequence[Picture], document: dict[str, Any]) -> str:
     """The whole page as HTML. Everything that comes from outside is escaped."""
     import jinja2
+    from markupsafe import Markup
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),
@@ -48,9 +50,11 @@ def render(found: Findings, pictures: Sequence[Picture], document: dict[str, Any
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
+    figures, rules = share_styles([picture.svg for picture in pictures])
+    pictures = [replace(p, svg=svg) for p, svg in zip(pictures, figures, strict=True)]
     by_kind = {(picture.kind, picture.block): picture for picture in pictures}
     return environment.get_template("report.html.j2").render(
-        style=_safe("report.css"),
+        style=_safe("report.css") + Markup(rules),
         script=_safe("report.js"),
         title=found.problem.name,
         subtitle=document["problem"]["description"],

@@ -6,14 +6,21 @@ import base64
 import html
 import io
 import re
+from collections import Counter
 
 from ..plotting.style import GRID, INK, PAPER
 
 _COLOURS = {INK: "currentColor", GRID: "var(--grid)", PAPER: "var(--paper)"}
+_STYLE = re.compile(r' style="([^"]*)"')
 _NUMBER = re.compile(r"-?\d+\.\d{2,}")
 # Attributes whose numbers are places on the page; scales and text are left alone.
 _PLACES = re.compile(r'(\s(?:d|x|y|points|width|height)=")([^"]*)(")')
 _IMAGE = re.compile(r"data:image/png;base64,\s*([A-Za-z0-9+/=\s]+)")
+
+
+def lighter(markup: str) -> str:
+    """The same figure with its raster images (heat maps) in a palette, a third of the size."""
+    return _IMAGE.sub(lambda match: _smaller(match.group(1)), markup)
 
 
 def for_page(markup: str, prefix: str, alt: str) -> str:
@@ -31,7 +38,7 @@ def for_page(markup: str, prefix: str, alt: str) -> str:
     images: list[str] = []
 
     def keep(match: re.Match[str]) -> str:
-        images.append(_smaller(match.group(1)))
+        images.append(f"data:image/png;base64,{''.join(match.group(1).split())}")
         return f"@@{len(images) - 1}@@"
 
     markup = _IMAGE.sub(keep, markup)
@@ -39,9 +46,8 @@ def for_page(markup: str, prefix: str, alt: str) -> str:
         lambda match: match.group(1) + _NUMBER.sub(_rounded, match.group(2)) + match.group(3),
         markup,
     )
-    tag = re.sub(r"[^A-Za-z0-9_-]", "_", prefix)
-    markup = re.sub(r'\bid="([^"]+)"', rf'id="{tag}--\1"', markup)
-    markup = re.sub(r'(href="|url\()#', rf"\1#{tag}--", markup)
+    markup = _own_names(markup, re.sub(r"[^A-Za-z0-9_-]", "_", prefix))
+    markup = _without_ballast(markup)
     markup = re.sub(r"\n\s*", " ", markup)
     markup = re.sub(r"> <", "><", markup)
     head = re.search(r'<svg[^>]*?viewBox="([^"]+)"[^>]*>', markup)
@@ -56,6 +62,59 @@ def for_page(markup: str, prefix: str, alt: str) -> str:
     for place, data in enumerate(images):
         markup = markup.replace(f"@@{place}@@", data)
     return markup
+
+
+def _own_names(markup: str, tag: str) -> str:
+    """Ids with a prefix; those that nothing refers to, or that stand there twice, are dropped."""
+    wanted = set(re.findall(r'(?:href="|url\()#([^")]+)', markup))
+
+    def keep(match: re.Match[str]) -> str:
+        name = match.group(1)
+        if name not in wanted:
+            return ""
+        wanted.remove(name)  # matplotlib writes the same definition again under the same name
+        return f' id="{tag}--{name}"'
+
+    markup = re.sub(r'\sid="([^"]+)"', keep, markup)
+    return re.sub(r'(href="|url\()#', rf"\1#{tag}--", markup)
+
+
+def _without_ballast(markup: str) -> str:
+    """Without what the page's own style sheet says, and groups that group nothing."""
+    markup = re.sub(r"<style.*?</style>", "", markup, flags=re.DOTALL)
+    markup = re.sub(r' transform="rotate\(-?0 [^"]*"', "", markup)
+    markup = markup.replace("font-family: 'DejaVu Sans'; ", "")
+    markup = re.sub(r'(<text style="[^"]*?);? ?fill: currentColor', r"\1", markup)
+    markup = re.sub(r"([MLCQ]) ", r"\1", markup)
+    markup = re.sub(r" +([MLCQz\"])", r"\1", markup)
+    kept: list[bool] = []
+    parts = []
+    for part in re.split(r"(<[^>]+>)", markup):
+        if part == "</g>":
+            if not kept.pop():
+                continue
+        elif part.startswith("<g"):
+            kept.append(part != "<g>")
+            if not kept[-1]:
+                continue
+        parts.append(part)
+    return "".join(parts)
+
+
+def share_styles(figures: list[str]) -> tuple[list[str], str]:
+    """Figures in which repeated style attributes are classes, and the rules of those classes."""
+    counts = Counter(style for figure in figures for style in _STYLE.findall(figure))
+    names = {
+        style: f"s{place}"
+        for place, style in enumerate(s for s, count in counts.most_common() if count > 2)
+    }
+
+    def short(match: re.Match[str]) -> str:
+        name = names.get(match.group(1))
+        return f' class="{name}"' if name else match.group(0)
+
+    rules = "".join(f".figure .{name}{{{html.unescape(s)}}}" for s, name in names.items())
+    return [_STYLE.sub(short, figure) for figure in figures], rules
 
 
 def _rounded(match: re.Match[str]) -> str:
