@@ -49,6 +49,12 @@ def select_parameters(
         raise ModelError(
             f"Parameters {lazy} of lazy layers have no shape yet: run the model once on a batch."
         )
+    fixed = [n for n, p in named.items() if p.is_inference()]
+    if fixed:
+        raise ModelError(
+            f"Parameters {fixed[:3]} were made under torch.inference_mode() and cannot be "
+            "differentiated: make or load the model outside of it."
+        )
     odd = [n for n, p in trainable.items() if not p.is_floating_point()]
     if odd:
         raise ModelError(

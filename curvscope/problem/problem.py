@@ -22,6 +22,7 @@ from ..errors import (
     check_option,
     nearest,
 )
+from ..modes import plain_mode
 from ..operators.base import Layout
 from . import checks, state
 from .blocks import make_blocks, select_parameters
@@ -350,6 +351,7 @@ class Problem:
         self.check()
         return self._pass(seed=0).total * self.scale
 
+    @plain_mode()
     def gradient(self) -> Tensor:
         """Gradient of the objective, flat ``[P]``."""
         self.check()

@@ -12,7 +12,8 @@ import curvscope as cs
 from tests.truth import flat_grad, relative
 
 from . import factors as definition
-from .cases import CASES, CE, MSE, data, labels, real
+from .cases import CASES, CE, MSE
+from .draws import data, labels, real
 from .nets import Apply, Residual, Reused, mlp, seeded, tokens_last
 from .test_table import prepared, problem_of
 

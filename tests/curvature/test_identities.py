@@ -15,21 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import curvscope as cs
 from tests.truth import relative
 
-from .cases import (
-    BCE,
-    CE,
-    MSE,
-    POS,
-    W3,
-    bits,
-    both,
-    data,
-    labels,
-    quartic,
-    real,
-    soft,
-    some_ignored,
-)
+from .cases import BCE, CE, MSE
+from .draws import POS, W3, bits, both, data, labels, quartic, real, soft, some_ignored
 from .nets import (
     Apply,
     Attention,

@@ -13,21 +13,8 @@ import curvscope as cs
 from tests.truth import relative
 
 from . import factors as definition
-from .cases import (
-    BCE,
-    CE,
-    MSE,
-    POS,
-    UNEVEN,
-    W3,
-    bits,
-    data,
-    folded,
-    labels,
-    lengths,
-    real,
-    some_ignored,
-)
+from .cases import BCE, CE, MSE, UNEVEN
+from .draws import POS, W3, bits, data, folded, labels, lengths, real, some_ignored
 from .nets import Apply, Reused, flat_tokens, mlp, seeded, tokens_last
 from .reference import term_weights
 

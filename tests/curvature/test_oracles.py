@@ -18,7 +18,8 @@ import curvscope as cs
 from tests.truth import dense_hessian, relative
 
 from . import factors as definition
-from .cases import BCE, CE, MSE, W3, bits, data, labels, real, soft
+from .cases import BCE, CE, MSE
+from .draws import W3, bits, data, labels, real, soft
 from .nets import Apply, mlp, seeded, tokens_last
 
 MISSING = "the oracles are installed with the dev extra: pip install -e .[dev]"

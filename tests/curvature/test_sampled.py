@@ -19,7 +19,8 @@ import curvscope as cs
 from curvscope.curvature.diagonal import rademacher
 from curvscope.problem.recognise import recognise
 
-from .cases import BCE, CE, MSE, POS, W3, bits, data, labels, real, some_ignored
+from .cases import BCE, CE, MSE
+from .draws import POS, W3, bits, data, labels, real, some_ignored
 from .nets import Apply, mlp, seeded, tokens_last
 
 S, T = nn.Sequential, nn.Tanh

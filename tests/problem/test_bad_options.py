@@ -17,7 +17,18 @@ from .refusals import CE, Refusal, X, Y, batchnorm, net, problem, refused
 
 # -- models, parameters, blocks, options -------------------------------------------------------
 
+
+def inferred() -> nn.Module:
+    with torch.inference_mode():
+        return net()
+
+
 PARTS: dict[str, Refusal] = {
+    "made in inference mode": (
+        lambda: problem(model=inferred()),
+        errors.ModelError,
+        ("'0.weight'", "inference_mode", "outside"),
+    ),
     "no module": (lambda: cs.Problem(len, CE(), (X, Y)), errors.ModelError, ("nn.Module",)),
     "nothing trainable": (
         lambda: problem(model=net().requires_grad_(False)),
