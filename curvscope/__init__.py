@@ -32,9 +32,10 @@ _PUBLIC = {
     "concentration": "analysis",
     "coverage": "analysis",
     "verify": "analysis",
+    "make_report": "report",
     "show_progress": "progress",
 }
-_MODULES = ("analysis", "curvature", "errors", "operators", "optim", "problem", "zoo")
+_MODULES = ("analysis", "curvature", "errors", "operators", "optim", "plot", "problem", "zoo")
 
 __all__ = [*_PUBLIC, *_MODULES, "__version__", "backpack"]
 

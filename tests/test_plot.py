@@ -432,6 +432,6 @@ def test_svg_for_the_page_follows_its_colours_and_keeps_its_numbers_apart() -> N
     )
     found = for_page(markup, "fig-1", 'a "b" <c>')
     assert 'id="fig-1--a"' in found and "url(#fig-1--a)" in found
-    assert "M 1.23 2" in found and "scale(0.01234)" in found and ">0.01234<" in found
+    assert "M1.23 2" in found and "scale(0.01234)" in found and ">0.01234<" in found
     assert "currentColor" in found and "metadata" not in found and "<!--" not in found
     assert 'aria-label="a &quot;b&quot; &lt;c&gt;"' in found and found.startswith("<svg")

@@ -58,7 +58,9 @@ def make_document(found: Findings, pictures: Sequence[Picture], command: str) ->
             "parameters": problem.layout.numel,
             "blocks": {name: list(members) for name, members in problem.blocks.items()},
             "shapes": {spec.name: list(spec.shape) for spec in problem.layout},
-            "recipe": str(getattr(problem, "recipe", "")),
+            "recipe": str(getattr(problem, "recipe", ""))
+            if getattr(problem, "history", ())
+            else "",
             "objective": found.objective,
             "gradient_norm": found.gradient_norm,
             "test_accuracy": found.accuracy,

@@ -50,6 +50,7 @@ def render(found: Findings, pictures: Sequence[Picture], document: dict[str, Any
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
+    environment.filters["breakable"] = _breakable
     figures, rules = share_styles([picture.svg for picture in pictures])
     pictures = [replace(p, svg=svg) for p, svg in zip(pictures, figures, strict=True)]
     by_kind = {(picture.kind, picture.block): picture for picture in pictures}
@@ -90,6 +91,13 @@ def _safe(name: str) -> Any:
     from markupsafe import Markup
 
     return Markup((_HERE / name).read_text(encoding="utf-8"))
+
+
+def _breakable(text: str) -> Any:
+    """Dotted names may break behind their dots."""
+    from markupsafe import Markup, escape
+
+    return Markup(str(escape(text)).replace(".", ".<wbr>"))
 
 
 def _facts(found: Findings, document: dict[str, Any]) -> list[tuple[str, str]]:

@@ -85,15 +85,20 @@ def _without_ballast(markup: str) -> str:
     markup = re.sub(r' transform="rotate\(-?0 [^"]*"', "", markup)
     markup = markup.replace("font-family: 'DejaVu Sans'; ", "")
     markup = re.sub(r'(<text style="[^"]*?);? ?fill: currentColor', r"\1", markup)
-    markup = re.sub(r"([MLCQ]) ", r"\1", markup)
-    markup = re.sub(r" +([MLCQz\"])", r"\1", markup)
+    markup = re.sub(
+        r'(\sd=")([^"]*)',
+        lambda m: m.group(1) + re.sub(r" *([MLCQz]) *", r"\1", m.group(2)),
+        markup,
+    )
     kept: list[bool] = []
     parts = []
     for part in re.split(r"(<[^>]+>)", markup):
         if part == "</g>":
             if not kept.pop():
                 continue
-        elif part.startswith("<g"):
+        elif re.fullmatch(r"<g\s*/>", part):
+            continue
+        elif re.match(r"<g[\s>]", part) and not part.endswith("/>"):
             kept.append(part != "<g>")
             if not kept[-1]:
                 continue

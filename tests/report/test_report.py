@@ -20,7 +20,7 @@ from curvscope.errors import NonFiniteError, OptionError, OutputError
 from curvscope.report import ReportPaths, make_report
 from curvscope.report.document import schema
 
-VOID = {"meta", "link", "br", "hr", "img", "input", "path", "use", "image", "rect", "stop"}
+VOID = {"meta", "link", "br", "wbr", "hr", "img", "input", "path", "use", "image", "rect", "stop"}
 SECTIONS = {
     "summary",
     "layers",

@@ -102,7 +102,7 @@ def test_a_report_json_of_others_does_not_make_a_folder_ours(tmp_path: Path) -> 
 def test_notes_beside_a_report_are_not_lost(tmp_path: Path) -> None:
     write(tmp_path / "r", "old")
     (tmp_path / "r" / "csv" / "notes.txt").write_text("mine")
-    with pytest.raises(OutputError, match="notes.txt"):
+    with pytest.raises(OutputError, match=r"notes\.txt"):
         write(tmp_path / "r")
     assert (tmp_path / "r" / "csv" / "notes.txt").read_text() == "mine"
 
