@@ -75,6 +75,9 @@ def _flatten(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -
     return torch.cat(parts, 1)
 
 
+_WORTH_A_TRIAL = 32  # cotangents below which the trial costs more than it can save
+
+
 class VectorJacobian:
     """``cotangents [k, *y] -> [k, d]``: products with ``dy/dx``, one by one or vectorised.
 
@@ -89,7 +92,7 @@ class VectorJacobian:
     def __call__(self, cotangents: Tensor) -> Tensor:
         if not self.y.requires_grad:
             return self.y.new_zeros(len(cotangents), sum(p.numel() for p in self.x))
-        if self.vectorised is None and len(cotangents) >= 8:
+        if self.vectorised is None and len(cotangents) >= _WORTH_A_TRIAL:
             self._trial(cotangents[:8])
         if self.vectorised:
             parts = [self._batched(part) for part in cotangents.split(self.chunk)]
