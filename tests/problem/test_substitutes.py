@@ -152,7 +152,7 @@ def test_padding_in_transformers_is_computed_as_in_training() -> None:
 
 def test_scripted_models_keep_their_flags() -> None:
     truth = dense_truth(net())
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns((DeprecationWarning, FutureWarning)):
         scripted = torch.jit.script(net().train())
     p = cs.Problem(scripted, CE(), (X, Y))
     assert relative(cs.hessian(p).dense(), truth) < 1e-12
