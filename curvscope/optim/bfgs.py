@@ -1,4 +1,4 @@
-"""BFGS on the inverse of a factor: damping, updates, and the limited-memory form.
+"""BFGS on the inverse of a factor: damping and updates.
 
 Vectors have shape ``[groups, n]`` and matrices ``[groups, n, n]``; groups are those of a grouped
 convolution (one otherwise) and are updated side by side. All decisions are taken by masks
@@ -191,78 +191,3 @@ def symmetric_inverse(matrix: Tensor, shift: float | Tensor, what: str = "The fa
             "precision; raise damping."
         )
     return (inverse + inverse.mT) / 2
-
-
-# -- limited memory -------------------------------------------------------------------------------
-
-
-class Memory(NamedTuple):
-    """The last pairs, the newest last: ``S``, ``Y`` ``[groups, m, n]``, ``filled`` ``[groups, 1]``.
-
-    Slots in front that are not filled yet hold zeros.
-    """
-
-    S: Tensor
-    Y: Tensor
-    filled: Tensor
-
-    @classmethod
-    def empty(cls, m: int, like: Tensor) -> Memory:
-        """Room for ``m`` pairs of vectors like ``like`` ``[groups, n]``."""
-        slots = like.new_zeros(like.shape[0], m, like.shape[1])
-        filled = torch.zeros(like.shape[0], 1, dtype=torch.long, device=like.device)
-        return cls(slots, slots.clone(), filled)
-
-
-def remember(memory: Memory, s: Tensor, y: Tensor, norm: Tensor) -> tuple[Memory, Tensor]:
-    """Append a pair, dropping the oldest; returns the memory and where that was done."""
-    accepted = acceptable(s, y, norm)
-    mask = accepted.unsqueeze(-1)
-    S, Y = (
-        torch.where(mask, torch.cat([slots[:, 1:], new.unsqueeze(1)], 1), slots)
-        for slots, new in ((memory.S, s), (memory.Y, y))
-    )
-    filled = (memory.filled + accepted).clamp(max=S.shape[1])
-    return Memory(S, Y, filled), accepted
-
-
-def memory_times(memory: Memory, V: Tensor) -> Tensor:
-    """``H V`` for ``V`` ``[groups, n, k]`` with the L-BFGS matrix ``H`` of initial matrix I.
-
-    In compact form; but with more than n / 2 pairs, which are then close to linearly dependent,
-    by updating a matrix pair by pair in float64.
-    """
-    used = int(memory.filled.max())
-    if used == 0:
-        return V.clone()
-    if 2 * used < V.shape[1]:
-        return compact_times(memory, V)
-    S, Y = memory.S[:, -used:].double(), memory.Y[:, -used:].double()
-    H = torch.eye(S.shape[2], dtype=S.dtype, device=V.device).repeat(len(S), 1, 1)
-    peak = largest_diagonal(H)
-    for s, y in zip(S.unbind(1), Y.unbind(1)):  # empty slots are not acceptable
-        _, peak = guarded_update(H, s, y, torch.zeros_like(peak), peak)
-    return matmul(H.to(V.dtype), V)
-
-
-def compact_times(memory: Memory, V: Tensor) -> Tensor:
-    """``H V`` by the compact form of Byrd, Nocedal and Schnabel (1994, theorem 2.2).
-
-    With ``S``, ``Y`` in columns, ``R`` the upper triangle of ``S^T Y`` and ``D`` its diagonal,
-    ``H = I + S R^-T (D + Y^T Y) R^-1 S^T - S R^-T Y^T - Y R^-1 S^T``. The small systems are solved
-    in float64. Cost: O(m n k).
-    """
-    used = int(memory.filled.max())
-    S, Y = memory.S[:, -used:], memory.Y[:, -used:]
-    S64, Y64 = S.double(), Y.double()
-    SY, YY = S64 @ Y64.mT, Y64 @ Y64.mT
-    R = SY.triu()
-    D = SY.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
-    # an empty slot's row and column are zero; a one on the diagonal makes it count for nothing
-    empty = torch.arange(used, device=V.device) < used - memory.filled
-    R.diagonal(dim1=-2, dim2=-1).add_(empty.to(R))
-    both = torch.cat([S, Y], 1)
-    SV, YV = (both @ V).double().split(used, 1)
-    q = torch.linalg.solve_triangular(R, SV, upper=True)
-    p = torch.linalg.solve_triangular(R.mT, D * q + YY @ q - YV, upper=False)
-    return torch.baddbmm(V, both.mT, torch.cat([p, -q], 1).to(V.dtype))

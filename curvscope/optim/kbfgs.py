@@ -251,13 +251,14 @@ class KBFGS(CurvatureOptimizer):
             state["M"].lerp_(gradient, 1 - self.group_of(layer.weight)["momentum"])
             update = updates[block] = kbfgs_block.direction(state)
             inner = torch.dot(update.reshape(-1), gradient.reshape(-1))
-            cosine = inner / (update.norm() * gradient.norm())
-            self._last[block] = {"a": a, "z": z, "g": g, "cosine": cosine}
+            length = update.norm()
+            last = {"cosine": inner / (length * gradient.norm()), "update_norm": length}
+            self._last[block] = {"a": a, "z": z, "g": g, **last}
         factor = self._shortening(updates)
         for block, update in updates.items():
             if factor < 1:
                 update.mul_(factor)
-            self._last[block]["update_norm"] = update.norm()
+                self._last[block]["update_norm"] *= factor
             self._move(self.layers[block], update)
 
     @torch.no_grad()

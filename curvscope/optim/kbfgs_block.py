@@ -2,8 +2,8 @@
 
 The state of a layer with ``groups``, ``out`` and ``in`` (the 1 of a bias included) is a dictionary
 of ``A``, ``H_a`` ``[groups, in, in]``, the momentum ``M`` ``[groups, out, in]``, the smoothed pair
-``s``, ``y`` ``[groups, out]``, and ``H_g`` ``[groups, out, out]`` or the memory ``S``, ``Y``,
-``filled``; ``peak_a`` and ``peak_g`` are for :func:`~.bfgs.keep_definite`.
+``s``, ``y`` ``[groups, out]``, and ``H_g`` ``[groups, out, out]`` or the fields of
+:class:`~.lbfgs.Memory`; ``peak_a`` and ``peak_g`` are for :func:`~.bfgs.keep_definite`.
 """
 
 from __future__ import annotations
@@ -15,18 +15,16 @@ import torch
 from torch import Tensor
 
 from .bfgs import (
-    Memory,
     double_damping,
     guarded_update,
     hessian_action,
     largest_diagonal,
     matmul,
-    memory_times,
-    remember,
     symmetric_inverse,
     times,
 )
 from .layer import Layer
+from .lbfgs import Memory, dense, memory_times, remember
 
 State = dict[str, Any]
 COUNTS = (
@@ -110,11 +108,7 @@ def output_inverse(state: State) -> Tensor:
     """``H_g`` ``[groups, out, out]``, exactly symmetric."""
     if "H_g" in state:
         return state["H_g"]
-    memory = _memory(state)
-    groups, _, out = memory.S.shape
-    one = torch.eye(out, dtype=memory.S.dtype, device=memory.S.device).repeat(groups, 1, 1)
-    H = memory_times(memory, one)
-    return (H + H.mT) / 2
+    return dense(_memory(state)).to(state["S"].dtype)
 
 
 def diagnose(state: State, last: dict[str, Tensor], eigenvalues: bool) -> dict[str, Any]:
@@ -163,7 +157,7 @@ def degrees(cosine: Tensor) -> float:
 
 
 def _memory(state: State) -> Memory:
-    return Memory(state["S"], state["Y"], state["filled"])
+    return Memory(*(state[name] for name in Memory._fields))
 
 
 def _residual(H: Tensor, s: Tensor, y: Tensor, done: Tensor) -> float | None:

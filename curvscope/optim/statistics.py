@@ -10,6 +10,28 @@ from torch import Tensor
 from .bfgs import matmul
 from .tap import LayerCall
 
+_LARGE = 700  # columns from which half of a symmetric product is saved, at the price of copies
+
+
+def moments(a: Tensor, *, appended: bool) -> tuple[Tensor, Tensor]:
+    """``sum a`` ``[g, i]`` and ``sum a a^T`` ``[g, i, i]`` of rows ``[g, R, i]``.
+
+    ``appended``: as if every row had a 1 at its end.
+    """
+    groups, rows, n = a.shape
+    first, size = a.sum(1), n + appended
+    second = a.new_empty(groups, size, size)
+    parts = 4 if n >= _LARGE and groups == 1 else 1
+    for k in range(parts):
+        low, high = n * k // parts, n * (k + 1) // parts
+        second[:, low:high, low:n] = matmul(a[..., low:high].mT, a[..., low:])
+        second[:, high:n, low:high] = second[:, low:high, high:n].mT
+    if appended:
+        first = torch.cat([first, first.new_full((groups, 1), rows)], -1)
+        second[:, -1, :] = first
+        second[:, :, -1] = first
+    return first, second
+
 
 @dataclass
 class InputMoments:
@@ -27,15 +49,7 @@ class InputMoments:
     def add(self, call: LayerCall, dtype: torch.dtype) -> None:
         """Count one use of the layer; uses in the same pass see the same samples."""
         a = call.input_rows(dtype)
-        first, second = a.sum(1), matmul(a.mT, a)
-        if call.layer.bias is not None:
-            count = first.new_full((*first.shape[:-1], 1), a.shape[1])
-            first, inner = torch.cat([first, count], -1), second
-            size = first.shape[-1]
-            second = first.new_empty(*first.shape[:-1], size, size)
-            second[..., :-1, :-1] = inner
-            second[..., -1, :] = first
-            second[..., :, -1] = first
+        first, second = moments(a, appended=call.layer.bias is not None)
         self.second = second if self.second is None else self.second + second
         self.first = first if self.first is None else self.first + first
         self.rows += a.shape[1]
@@ -44,9 +58,10 @@ class InputMoments:
             self.samples += call.samples
 
     def moment(self) -> Tensor:
-        """``E_n[sum_t a a^T]``: over samples the mean, over positions the sum."""
+        """``E_n[sum_t a a^T]``: mean over samples, sum over positions. To be called once."""
         assert self.second is not None
-        return self.second / self.samples
+        self.second.div_(self.samples)
+        return self.second
 
     def mean(self) -> Tensor:
         """The mean over samples and positions."""

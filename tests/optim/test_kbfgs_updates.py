@@ -12,19 +12,17 @@ from torch import Tensor
 
 from curvscope.errors import SingularError
 from curvscope.optim.bfgs import (
-    Memory,
     acceptable,
     bfgs_update,
-    compact_times,
     damp_on_identity,
     damp_on_inverse,
     dot,
     double_damping,
     hessian_action,
-    remember,
     symmetric_inverse,
     times,
 )
+from curvscope.optim.lbfgs import Memory, dense, memory_times, remember
 
 from .kronecker_cases import normal, relative, textbook_bfgs
 
@@ -119,7 +117,9 @@ def test_symmetric_inverse() -> None:
         symmetric_inverse(-A, 0.0)
 
 
-@pytest.mark.parametrize(("m", "n", "count"), [(3, 6, 2), (3, 6, 3), (3, 6, 8), (8, 4, 8)])
+@pytest.mark.parametrize(
+    ("m", "n", "count"), [(3, 6, 2), (3, 10, 3), (3, 10, 8), (3, 9, 8), (8, 4, 8), (8, 20, 9)]
+)
 def test_compact_form_is_the_update_by_update_matrix(m: int, n: int, count: int) -> None:
     memory = Memory.empty(m, normal(2, n))
     kept: list[list[tuple[Tensor, Tensor]]] = [[], []]
@@ -134,18 +134,20 @@ def test_compact_form_is_the_update_by_update_matrix(m: int, n: int, count: int)
             if done[g]:
                 kept[g] = [*kept[g], (s[g], y[g])][-m:]
     V = normal(2, n, 5, seed=99)
-    found = compact_times(memory, V)
+    found = memory_times(memory, V)
+    assert (memory.H is None) == (n == 10)
     for g in range(2):
         H = torch.eye(n, dtype=torch.float64)
         for s, y in kept[g]:
             H = textbook_bfgs(H, s, y)
         assert relative(found[g], H @ V[g]) < 1e-11
+        assert relative(dense(memory)[g], H) < 1e-11
     assert memory.filled.flatten().tolist() == [len(pairs) for pairs in kept]
 
 
 def test_an_empty_memory_is_the_identity() -> None:
     V = normal(1, 3, 2)
-    assert torch.equal(compact_times(Memory.empty(4, V[..., 0]), V), V)
+    assert torch.equal(memory_times(Memory.empty(4, V[..., 0]), V), V)
 
 
 # -- properties ------------------------------------------------------------------------------------
