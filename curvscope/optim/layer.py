@@ -90,6 +90,10 @@ def _refusal(
     module = modules.get(block)
     if module is None:
         return "its parameters belong to no module of that name"
+    for parameter in parameters:
+        sharing = owners[id(parameter)]
+        if len(sharing) > 1:
+            return f"a parameter is shared by {' and '.join(sharing)}"
     kind = type(module).__name__
     base = next((t for t in types if isinstance(module, t)), None)
     if base is None:
@@ -106,8 +110,4 @@ def _refusal(
         return f"{kind} has parameters besides weight and bias"
     if id(module.weight) not in mine:
         return "its weight is frozen or belongs to another optimizer"
-    for parameter in parameters:
-        sharing = owners[id(parameter)]
-        if len(sharing) > 1:
-            return f"a parameter is shared by {' and '.join(sharing)}"
     return None

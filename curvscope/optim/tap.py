@@ -179,8 +179,8 @@ class LayerTap:
             return replacement
         if self._samples is None:  # the model was not called as a whole
             self.pass_index += 1
-        x = _batched(layer.module, x.detach())
-        samples = x.shape[0] if self._samples is None else self._samples
+        single, x = x.ndim, _batched(layer.module, x.detach())
+        samples = x.shape[0] if self._samples is None or x.ndim > single else self._samples
         with measuring(output.device):
             receive(LayerCall(layer, x, output, samples, self.pass_index))
         return replacement
