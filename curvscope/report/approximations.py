@@ -228,6 +228,8 @@ class Made:
                 list(op.blocks.values())  # lazy ones are computed here, not in the comparison
         except CurvscopeError as error:
             op, reason = None, str(error)
+        except (RuntimeError, MemoryError) as error:  # of torch: no convergence, no memory
+            op, reason = None, f"It failed with {type(error).__name__}: {error}"
         if op is not None and op.uncovered and not op.blocks:
             reasons = op.info.settings.get("uncovered", {})
             first = next(iter(reasons.values()), "no layer of this network has one")
