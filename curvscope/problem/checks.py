@@ -119,7 +119,7 @@ def repeatable(first: Facts, second: Facts, dtype: torch.dtype, batchnorm: str) 
             "list(loader)."
         )
     scale = max(abs(first.total), abs(second.total), 1e-30)
-    tolerance = 50 * torch.finfo(dtype).eps * max(1.0, first.samples**0.5)
+    tolerance = min(50 * torch.finfo(dtype).eps * max(1.0, first.samples**0.5), 0.02)
     if abs(first.total - second.total) > tolerance * scale:
         raise NonDeterministicError(
             f"Two evaluations of the loss gave {first.total:.9g} and {second.total:.9g}. "

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import curvscope as cs
-from tests.curvature.nets import mlp, seeded
+from tests.curvature.nets import Apply, mlp, seeded
 from tests.truth import relative
 
 from .exactly import MATRICES
@@ -40,6 +42,16 @@ def test_lower_precisions_of_other_losses(dtype: torch.dtype) -> None:
             value, truth = matrix(low).dense(), matrix(high).dense()
             assert value.dtype == torch.float32
             assert relative(value.double(), truth) < (1e-4 if dtype == torch.float32 else 0.15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_lower_precisions_still_notice_dropout(dtype: torch.dtype) -> None:
+    model = nn.Sequential(net(), Apply(lambda x: F.dropout(x, 0.5))).to(dtype)
+    with pytest.raises(cs.errors.NonDeterministicError, match="functional dropout"):
+        cs.Problem(model, CE(), (X, Y)).check()
+    # but not the rounding of another order
+    loader = DataLoader(TensorDataset(X, Y), batch_size=4, shuffle=True)
+    cs.Problem(net().to(dtype), CE(), loader).check()
 
 
 def test_half_precision_still_notices_what_is_not_additive() -> None:

@@ -236,6 +236,37 @@ def test_models_of_two_precisions() -> None:
     assert relative(cs.hessian(problem).dense().double(), truth) < 1e-5
 
 
+class Transformed(nn.Module):
+    """Function transforms of torch around layers, and one sample at a time."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.first, self.second, self.how = nn.Linear(3, 4), nn.Linear(4, 3), how
+
+    def net(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "loop":
+            return torch.stack([self.net(v) for v in x])
+        if self.how == "vmap":
+            return torch.vmap(self.net)(x)
+        if self.how == "grad":
+            return torch.vmap(torch.func.grad(lambda v: self.net(v).square().sum()))(x)
+        if self.how == "jvp":
+            return torch.func.jvp(self.net, (x,), (torch.ones_like(x),))[1]
+        values = dict(self.second.named_parameters())
+        return torch.func.functional_call(self.second, values, (torch.tanh(self.first(x)),))
+
+
+@pytest.mark.parametrize("how", ["loop", "vmap", "grad", "jvp", "functional_call"])
+def test_function_transforms_in_the_model(how: str) -> None:
+    model = seeded(lambda: Transformed(how))
+    problem = cs.Problem(model, CE(), (X, Y))
+    exact(problem, *truth_of(model))
+    cs.kfac(problem, uncovered="zero")
+
+
 class UserFunction(torch.autograd.Function):
     """Named like an operation of torch that is piecewise linear, which it is not."""
 
