@@ -67,7 +67,7 @@ class CurvatureOptimizer(Inspection, torch.optim.Optimizer):
         self._process_group = choose_group(model, process_group)
         self._tap: LayerTap | None = None
         self._fired: set[str] = set()  # blocks whose layer has been seen to run
-        self._bound = False
+        self._bound = self._closed = False
         groups = checks.parameter_groups(self.model, params, self.method)
         super().__init__(groups, {**defaults, "fallback_lr": None})
         self._bind()
@@ -89,7 +89,7 @@ class CurvatureOptimizer(Inspection, torch.optim.Optimizer):
         self.layers, self._reasons = find_layers(
             self.model, self.blocks, self.params, self.layer_types
         )
-        self._facts = checks.Facts(self.model, self.params, self._explicit)
+        self._facts = checks.Facts(self.params, self._explicit)
         self._bound = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -104,7 +104,7 @@ class CurvatureOptimizer(Inspection, torch.optim.Optimizer):
         if self._bound:
             self._bind()
             if self._tap is not None:
-                self.close()
+                self._tap.close()
                 self._open()
 
     # -- for subclasses --------------------------------------------------------------------------
@@ -118,7 +118,7 @@ class CurvatureOptimizer(Inspection, torch.optim.Optimizer):
     def _tap_layers(
         self,
         receive: Callable[[LayerCall], None],
-        outputs: Callable[[Tensor], None] | None = None,
+        outputs: Callable[[Tensor], Tensor | None] | None = None,
     ) -> LayerTap:
         """Watch :attr:`layers` from now on; ``receive`` should be a bound method."""
         self._tap = LayerTap(self.model, self.layers, receive, outputs)
@@ -159,6 +159,8 @@ class CurvatureOptimizer(Inspection, torch.optim.Optimizer):
     # -- parts of a step -------------------------------------------------------------------------
 
     def _check_ready(self) -> None:
+        if self._closed:
+            raise OptionError(f"This {self.method} was closed; build a new one to go on.")
         self._facts.check(self.model, self.params, self.method)
 
     def _unscale(self, scaler: Any) -> tuple[float, bool]:
@@ -273,5 +275,6 @@ class CurvatureOptimizer(Inspection, torch.optim.Optimizer):
 
     def close(self) -> None:
         """Remove the hooks from the model; the optimizer takes no further steps."""
+        self._closed = True
         if self._tap is not None:
             self._tap.close()

@@ -118,11 +118,8 @@ def one_kind(params: Mapping[str, nn.Parameter], method: str) -> tuple[torch.dev
 class Facts:
     """What was true of a model when the optimizer was built."""
 
-    def __init__(
-        self, model: nn.Module, params: Mapping[str, nn.Parameter], explicit: bool
-    ) -> None:
+    def __init__(self, params: Mapping[str, nn.Parameter], explicit: bool) -> None:
         self._kinds = {n: (p.device, p.dtype, tuple(p.shape)) for n, p in params.items()}
-        self._others = {n for n, _ in model.named_parameters()} - set(params)
         self._explicit = explicit
 
     def check(self, model: nn.Module, params: Mapping[str, nn.Parameter], method: str) -> None:
@@ -144,13 +141,12 @@ class Facts:
                 f"The model has changed since {method} was built: {problem}. Build a new optimizer "
                 "after changing the model (load_state_dict can carry the state over)."
             )
-        if self._explicit or len(named) == len(params) + len(self._others):
-            return
-        new = [n for n in named if n not in params and n not in self._others]
-        raise ModelError(
-            f"The model has changed since {method} was built: it has the new parameters {new}. "
-            "Add them with add_param_group, or build a new optimizer."
-        )
+        new = [n for n, p in named.items() if p.requires_grad and n not in params]
+        if new and not self._explicit:
+            raise ModelError(
+                f"The model has changed since {method} was built: {new} are new or no longer "
+                "frozen. Add them with add_param_group, or build a new optimizer."
+            )
 
 
 def finite(value: Tensor) -> bool:

@@ -47,7 +47,6 @@ class FisherStatistics:
         self.seen: dict[str, Moments] = {}
         self._terms = 0  # of the losses that were named, for observed labels
         self._pending: list[tuple[LayerCall, GradientEdge]] = []
-        self._measuring = False
 
     @property
     def without_closure(self) -> bool:
@@ -70,22 +69,25 @@ class FisherStatistics:
             self._pending = []  # of a pass whose outputs were never seen
         self._pending.append((call, gradient_edge(call.outputs)))
 
-    def outputs(self, outputs: Tensor) -> None:
+    def outputs(self, outputs: Tensor) -> Tensor | None:
         """The model has returned: measure this pass once its backward pass begins."""
         calls, self._pending = self._pending, []
         if self.loss is None or not outputs.requires_grad or not checks.finite(outputs):
-            return
+            return None
+        # The hook goes to a node behind all that it holds; otherwise the graph would hold itself
+        # and stay for ever.
+        later = outputs.clone()
         if self.fisher == "empirical":
             seen = outputs.detach()
-            outputs.register_hook(lambda gradient: self.count_terms(seen))
+            later.register_hook(lambda gradient: self.count_terms(seen))
         elif calls:
             heads = [head_of_outputs(outputs, self.loss, calls[0][0].samples)]
 
             def begin(gradient: Tensor) -> None:
-                if not self._measuring:  # the passes of the measurement come by here, too
-                    self._measure(heads, calls)
+                self._measure(heads, calls)
 
-            outputs.register_hook(begin)
+            later.register_hook(begin)
+        return later
 
     def count_terms(self, outputs: Tensor) -> None:
         """Count the terms of the loss that was named, for these outputs."""
@@ -123,7 +125,6 @@ class FisherStatistics:
         """Factors of some passes; returns the calls on which the outputs do not depend."""
         starts = [edge for _, edge in calls]
         reached: set[int] = set()
-        self._measuring = True
         for chosen, cotangents in self._cotangents(heads, calls[0][0].samples):
             ends = [head.edge for head in chosen]
             gradients = torch.autograd.grad(
@@ -138,7 +139,6 @@ class FisherStatistics:
                         if k not in reached:
                             moments.inputs.add(call, call.dtype)
                             reached.add(k)
-        self._measuring = False
         return [call for k, call in enumerate(calls) if k not in reached]
 
     def _cotangents(

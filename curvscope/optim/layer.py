@@ -90,11 +90,11 @@ def _refusal(
     module = modules.get(block)
     if module is None:
         return "its parameters belong to no module of that name"
-    for parameter in parameters:
-        sharing = owners[id(parameter)]
-        if len(sharing) > 1:
-            return f"a parameter is shared by {' and '.join(sharing)}"
     kind = type(module).__name__
+    for parameter in parameters:
+        sharing = owners.get(id(parameter), [])
+        if len(sharing) > 1:
+            return f"a parameter of this {kind} is shared by {' and '.join(sharing)}"
     base = next((t for t in types if isinstance(module, t)), None)
     if base is None:
         return f"not defined for {kind}"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -88,11 +88,16 @@ class LayerCall:
         return s.sum(others, dtype=dtype).reshape(self.layer.groups, -1), rows
 
     def on_gradient(self, receive: Callable[[LayerCall, Tensor], None]) -> None:
-        """Call ``receive(call, gradient in the output)`` when a backward pass gets here."""
+        """Call ``receive(call, gradient in the output)`` when a backward pass gets here.
+
+        The call that ``receive`` gets has its outputs outside the graph.
+        """
+        # a hook that held its own tensor would keep the graph alive for ever
+        twin = replace(self, outputs=self.outputs.detach())
 
         def hook(gradient: Tensor) -> None:
             with measuring(gradient.device):
-                receive(self, gradient.detach())
+                receive(twin, gradient.detach())
 
         watch_gradient(self.outputs, hook)
 
@@ -100,9 +105,10 @@ class LayerCall:
 class LayerTap:
     """Forward hooks that hand every use of some layers to ``receive(call)``.
 
-    ``outputs(tensor)`` gets what the model as a whole returns, where that is one tensor. Bound
-    methods are held weakly, so a tap does not keep its optimizer alive. Nothing is seen while
-    :attr:`active` is false, without gradients, and while checkpointed segments are computed again.
+    ``outputs(tensor)`` gets what the model as a whole returns, where that is one tensor, and may
+    return a tensor that takes its place. Bound methods are held weakly, so a tap does not keep its
+    optimizer alive. Nothing is seen while :attr:`active` is false, without gradients, and while
+    checkpointed segments are computed again.
     With :attr:`probing`, layers whose output has no graph (because no parameter requires a
     gradient) start one there; with :attr:`forward_only`, passes without gradients are seen as well.
     ``close()`` removes the hooks; so does the end of the tap itself.
@@ -114,7 +120,7 @@ class LayerTap:
         model: nn.Module,
         layers: Mapping[str, Layer],
         receive: Callable[[LayerCall], None],
-        outputs: Callable[[Tensor], None] | None = None,
+        outputs: Callable[[Tensor], Tensor | None] | None = None,
     ) -> None:
         self.active = False
         self.probing = False
@@ -156,12 +162,13 @@ class LayerTap:
         first = next(_tensors([args, kwargs]), None)
         self._samples = None if first is None else int(first.shape[0])
 
-    def end(self, layer: None, args: Any, kwargs: Any, output: Any) -> None:
-        """The model has run."""
+    def end(self, layer: None, args: Any, kwargs: Any, output: Any) -> Tensor | None:
+        """The model has run; returns what takes the place of its output, if anything."""
         self._samples = None
         receive = self._outputs()
         if receive is not None and isinstance(output, Tensor) and not _in_backward():
-            receive(output)
+            return receive(output)
+        return None
 
     def use(self, layer: Layer, args: Any, kwargs: Any, output: Any) -> Tensor | None:
         """A layer has run; returns what takes the place of its output, if anything."""
@@ -207,7 +214,7 @@ class _Hook:
         return _Hook, (None, self.event)
 
 
-def _weak(method: Callable[..., None] | None) -> Callable[[], Any]:
+def _weak(method: Callable[..., Any] | None) -> Callable[[], Any]:
     if method is not None and hasattr(method, "__self__"):
         return weakref.WeakMethod(method)
     return lambda: method

@@ -1,0 +1,576 @@
+"""What all optimizers that watch layers have in common, on K-BFGS and K-FAC."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import math
+import pickle
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from curvscope import errors
+from curvscope.optim import KBFGS, KFAC
+from curvscope.optim.fallback import adam_update, sgd_update
+
+from .kronecker_cases import closure_of, flat, labels, normal, relative, run, seeded, small
+
+METHODS: dict[str, Callable[..., Any]] = {
+    "K-BFGS": KBFGS,
+    "K-BFGS(L)": lambda *a, **k: KBFGS(*a, memory=3, **k),
+    "K-FAC": KFAC,
+    "K-FAC, named loss": lambda *a, **k: KFAC(*a, loss=nn.CrossEntropyLoss(), **k),
+    "K-FAC, empirical": lambda *a, **k: KFAC(*a, fisher="empirical", **k),
+}
+every_method = pytest.mark.parametrize("make", METHODS.values(), ids=METHODS)
+
+
+def mixed(seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """Covered layers, a normalisation with buffers, dropout."""
+    return seeded(
+        lambda: nn.Sequential(
+            nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(0.2), nn.Linear(6, 3)
+        ),
+        seed,
+        dtype,
+    )
+
+
+def hooks_of(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+# -- saving ----------------------------------------------------------------------------------------
+
+
+def reloaded(state: dict[str, Any]) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+@every_method
+@pytest.mark.parametrize("done", [0, 1, 2, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_saved_state_continues_bit_for_bit(make: Any, done: int, dtype: torch.dtype) -> None:
+    def steps(optimizer: Any, model: nn.Module, start: int, stop: int) -> None:
+        for k in range(start, stop):
+            torch.manual_seed(k)
+            x, y = normal(8, 5, seed=k, dtype=dtype), labels(8, seed=k)
+            optimizer.step(closure_of(optimizer, model, x, y))
+
+    model = mixed(dtype=dtype)
+    optimizer = make(model, 0.1, 0.3)
+    steps(optimizer, model, 0, done)
+    saved, weights = reloaded(optimizer.state_dict()), copy.deepcopy(model.state_dict())
+    steps(optimizer, model, done, done + 3)
+
+    other = mixed(seed=1, dtype=dtype)
+    continued = make(other, 0.5, 0.1)
+    other.load_state_dict(weights)
+    continued.load_state_dict(saved)
+    assert continued.steps == done and continued.param_groups[0]["lr"] == 0.1
+    steps(continued, other, done, done + 3)
+    assert torch.equal(flat(other), flat(model))
+    for block in optimizer.layers:
+        mine, theirs = optimizer.block_state(block), continued.block_state(block)
+        assert mine.keys() == theirs.keys()
+        for key, value in mine.items():
+            if isinstance(value, Tensor):
+                assert value.dtype == theirs[key].dtype and torch.equal(value, theirs[key]), key
+
+
+def test_a_warm_start_is_saved() -> None:
+    model = small()
+    optimizer = KBFGS(model, 0.1, 0.3)
+    optimizer.warm_start([normal(4, 5)])
+    twin, other = small(), small()
+    warm, cold = KBFGS(twin, 0.1, 0.3), KBFGS(other, 0.1, 0.3)
+    warm.load_state_dict(reloaded(optimizer.state_dict()))
+    for o, m in ((optimizer, model), (warm, twin), (cold, other)):
+        run(o, m, 2)
+    assert torch.equal(flat(twin), flat(model))
+    assert not torch.equal(flat(other), flat(model))
+
+
+def test_states_that_do_not_fit_are_refused() -> None:
+    optimizer = KBFGS(small(), 0.1, 0.3)
+    wider = KBFGS(seeded(lambda: nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))), 0.1, 0.3)
+    with pytest.raises(errors.ParameterMismatchError, match="another model"):
+        optimizer.load_state_dict(wider.state_dict())
+    fewer = KBFGS(small(), 0.1, 0.3, params="0")
+    with pytest.raises(errors.ParameterMismatchError):
+        optimizer.load_state_dict(fewer.state_dict())
+    model = small()
+    groups = [{"params": model[0].parameters()}, {"params": model[2].parameters()}]
+    with pytest.raises(errors.ParameterMismatchError, match="groups"):
+        optimizer.load_state_dict(KBFGS(model, 0.1, 0.3, params=groups).state_dict())
+    with pytest.raises(errors.OptionError, match="K-FAC"):
+        optimizer.load_state_dict(KFAC(small(), 0.1, 0.3).state_dict())
+    with pytest.raises(errors.OptionError, match="lacks the entry"):
+        optimizer.load_state_dict(torch.optim.SGD(small().parameters(), 0.1).state_dict())
+
+
+@every_method
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_copies_are_independent_and_go_on_alike(make: Any, how: Any) -> None:
+    model = mixed()
+    optimizer = make(model, 0.1, 0.3)
+    run(optimizer, model, 2)
+    twin = how(optimizer)
+    assert twin.model is not model
+    assert all(a is b for a, b in zip(twin.model.parameters(), twin.params.values(), strict=True))
+    assert hooks_of(twin.model) == hooks_of(model)  # no dead hooks are left
+    for o, m in ((optimizer, model), (twin, twin.model)):
+        torch.manual_seed(3)
+        run(o, m, 3)
+    assert torch.equal(flat(twin.model), flat(model))
+
+
+@every_method
+def test_a_copy_of_the_model_alone_is_not_watched(make: Any) -> None:
+    model = small()
+    optimizer = make(model, 0.1, 0.3)
+    run(optimizer, model, 2)
+    average, pickled = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    x, y = normal(7, 5), labels(7)
+    for other in (average, pickled):
+        F.cross_entropy(other(x), y).backward()
+    expected = flat(model)
+    assert torch.equal(flat(average), expected) and torch.equal(flat(pickled), expected)
+    torch.manual_seed(0)
+    twin = copy.deepcopy(optimizer)
+    run(optimizer, model, 1)
+    run(twin, twin.model, 1)
+    assert torch.equal(flat(twin.model), flat(model))
+
+
+# -- hooks and memory ------------------------------------------------------------------------------
+
+
+@every_method
+def test_hooks_go_with_close_and_with_the_object(make: Any) -> None:
+    model = small()
+    optimizer = make(model, 0.1, 0.3)
+    run(optimizer, model, 2)
+    optimizer.close()
+    assert hooks_of(model) == 0
+    with pytest.raises(errors.OptionError, match="closed"):
+        run(optimizer, model, 1)
+    optimizer = make(model, 0.1, 0.3)
+    run(optimizer, model, 1)
+    gone = weakref.ref(optimizer)
+    del optimizer
+    gc.collect()
+    assert gone() is None and hooks_of(model) == 0
+
+
+@every_method
+def test_memory_does_not_grow(make: Any) -> None:
+    model = small()
+    optimizer = make(model, 0.05, 0.3)
+    sizes = []
+    for k in range(60):
+        run(optimizer, model, 1)
+        F.cross_entropy(model(normal(7, 5)), labels(7))  # an evaluation with a graph
+        if k in (20, 59):
+            gc.collect()
+            alive = (o for o in gc.get_objects() if isinstance(o, Tensor))
+            sizes.append(sum(t.numel() * t.element_size() for t in alive))
+    assert sizes[1] <= sizes[0]
+
+
+@every_method
+def test_several_optimizers_on_one_model(make: Any) -> None:
+    """Two of them that share the parameters do what one alone does for each part."""
+    model = small()
+    first, second = make(model, 0.1, 0.3, params="0"), make(model, 0.1, 0.3, params=["2.*"])
+    assert list(first.params) == ["0.weight", "0.bias"]
+    assert list(second.params) == ["2.weight", "2.bias"]
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    run(first, model, 1)
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, start[n])}
+    assert moved == set(first.params)
+    run(second, model, 2)
+    run(first, model, 2)
+    assert first.curvature().shape == (36, 36) and second.curvature().shape == (21, 21)
+    first.close()
+    run(second, model, 1)
+
+
+# -- torch's habits --------------------------------------------------------------------------------
+
+
+@every_method
+def test_parameter_groups_and_schedulers(make: Any) -> None:
+    model, plain = small(), small()
+    groups = [
+        {"params": [model[0].weight, model[2].weight], "lr": 0.2, "weight_decay": 0.1},
+        {"params": [model[0].bias, model[2].bias]},
+    ]
+    optimizer = make(model, 0.1, 0.3, params=groups)
+    other = make(plain, 0.1, 0.3, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    start = flat(model)
+    run(optimizer, model, 1)
+    schedule.step()
+    run(other, plain, 1)
+    assert [g["lr"] for g in optimizer.param_groups] == [0.1, 0.05]
+    # the first momentum of the biases has no weight decay, but shares the layer's preconditioner
+    weight = model[0].weight.detach().reshape(-1) - start[:30]
+    assert (
+        1.5
+        < float(weight.norm() / (plain[0].weight.detach().reshape(-1) - start[:30]).norm())
+        < 2.5
+    )
+
+
+def test_zero_learning_rate_of_one_parameter_keeps_it() -> None:
+    model = small()
+    groups = [
+        {"params": [model[0].weight, *model[2].parameters()]},
+        {"params": model[0].bias, "lr": 0.0},
+    ]
+    optimizer = KBFGS(model, 0.1, 0.3, params=groups)
+    bias = model[0].bias.detach().clone()
+    run(optimizer, model, 2)
+    assert torch.equal(model[0].bias, bias)
+
+
+def test_layers_that_thaw_are_added() -> None:
+    model = small()
+    model[0].requires_grad_(False)
+    optimizer = KBFGS(model, 0.1, 0.3)
+    run(optimizer, model, 1)
+    model[0].requires_grad_(True)
+    with pytest.raises(errors.ModelError, match="add_param_group"):
+        run(optimizer, model, 1)
+    optimizer.add_param_group({"params": list(model[0].parameters()), "lr": 0.05})
+    start = flat(model)
+    run(optimizer, model, 2)
+    assert list(optimizer.blocks) == ["0", "2"] and not optimizer.curvature().uncovered
+    assert not torch.equal(flat(model)[:30], start[:30])
+
+
+@every_method
+def test_bf16_autocast_keeps_factors_in_float32(make: Any) -> None:
+    model = small(dtype=torch.float32)
+    optimizer = make(model, 0.1, 0.3)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = F.cross_entropy(model(normal(7, 5, dtype=torch.float32)), labels(7))
+            loss.backward()
+        return loss
+
+    for _ in range(3):
+        optimizer.step(closure)
+    state = optimizer.block_state("0")
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            assert value.dtype in (torch.float32, torch.float64), key
+    x = normal(7, 5, dtype=torch.float32)
+    rows = torch.cat([x, torch.ones_like(x[:, :1])], 1)
+    # the model's own input is not rounded to bfloat16
+    expected = rows.T @ rows / 7
+    assert relative(optimizer.factors("0")["A"], expected) < 1e-6
+
+
+@every_method
+def test_grad_scaler_changes_nothing_but_the_rounding(make: Any) -> None:
+    models = [small(dtype=torch.float32) for _ in range(2)]
+    optimizers = [make(m, 0.1, 0.3) for m in models]
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for k in range(4):
+        x, y = normal(7, 5, seed=k, dtype=torch.float32), labels(7, seed=k)
+
+        def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+            optimizers[1].zero_grad()
+            loss = F.cross_entropy(models[1](x), y)
+            scaler.scale(loss).backward()
+            return loss
+
+        optimizers[0].step(closure_of(optimizers[0], models[0], x, y))
+        optimizers[1].step(closure, scaler=scaler)
+        scaler.update()
+    assert relative(flat(models[1]), flat(models[0])) < 1e-5
+    for block in optimizers[0].layers:
+        for name, factor in optimizers[0].factors(block).items():
+            assert relative(optimizers[1].factors(block)[name], factor) < 1e-4
+
+
+@every_method
+def test_grad_scaler_leaves_out_a_step_that_overflows(make: Any) -> None:
+    model = small(dtype=torch.float32)
+    optimizer = make(model, 0.1, 0.3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    start = flat(model)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(normal(7, 5, dtype=torch.float32)), labels(7))
+        scaler.scale(loss).backward()
+        model[0].weight.grad[0, 0] = math.inf
+        return loss
+
+    optimizer.step(closure, scaler=scaler)
+    scaler.update()
+    assert torch.equal(flat(model), start) and optimizer.steps == 0
+    assert scaler.get_scale() == 512.0
+
+
+def test_clipped_gradients_are_used() -> None:
+    model = small()
+    optimizer = KBFGS(model, 0.1, 0.3, momentum=0.0)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(normal(7, 5)), labels(7))
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+        return loss
+
+    optimizer.step(closure)
+    M = [optimizer.block_state(b)["M"] for b in optimizer.blocks]
+    assert math.hypot(*(float(m.norm()) for m in M)) == pytest.approx(1e-3, rel=1e-4)
+
+
+# -- the fallback ----------------------------------------------------------------------------------
+
+
+def test_fallback_rules_are_adam_and_averaged_sgd() -> None:
+    for rule in ("adam", "sgd"):
+        model, plain = seeded(lambda: nn.LayerNorm(5)), seeded(lambda: nn.LayerNorm(5))
+        optimizer = KBFGS(model, 0.4, 0.3, fallback=rule, weight_decay=0.1)
+        lr = {"adam": 1e-3, "sgd": 1e-2}[rule]
+        assert optimizer.param_groups[0]["fallback_lr"] == lr
+        if rule == "adam":
+            other = torch.optim.Adam(plain.parameters(), lr, weight_decay=0.1)
+        else:
+            other = torch.optim.SGD(plain.parameters(), lr * 0.1, 0.9, weight_decay=0.1)
+        for k in range(4):
+            if k == 2:  # a schedule of lr is one of the fallback, too
+                optimizer.param_groups[0]["lr"] *= 0.5
+                other.param_groups[0]["lr"] *= 0.5
+            x, y = normal(6, 5, seed=k), labels(6, 5, seed=k)
+            optimizer.step(closure_of(optimizer, model, x, y))
+            other.step(closure_of(other, plain, x, y))
+            assert relative(flat(model), flat(plain)) < (1e-14 if rule == "adam" else 1e-12)
+
+
+def test_update_functions_work_in_place() -> None:
+    theta, g = normal(3), normal(3, seed=1)
+    m, v, before = torch.zeros_like(g), torch.zeros_like(g), theta.clone()
+    adam_update(theta, g, m, v, 1, lr=0.1, weight_decay=0.0)
+    assert torch.allclose(theta, before - 0.1 * g.sign(), atol=1e-6)
+    theta, m = before.clone(), torch.zeros_like(g)
+    sgd_update(theta, g, m, lr=0.1, weight_decay=0.5)
+    assert torch.allclose(theta, before - 0.1 * 0.1 * (g + 0.5 * before))
+
+
+def test_sparse_gradients_and_own_learning_rates_of_the_fallback() -> None:
+    model = seeded(lambda: nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Linear(4, 3)))
+    groups = [
+        {"params": model[0].parameters(), "fallback_lr": 0.5},
+        {"params": model[1].parameters()},
+    ]
+    optimizer = KBFGS(model, 0.1, 0.3, params=groups)
+    x = torch.tensor([1, 2, 2, 5])
+    before = model[0].weight.detach().clone()
+    optimizer.step(closure_of(optimizer, model, x, labels(4)))
+    change = (model[0].weight.detach() - before).abs().amax(1)
+    assert change[[1, 2, 5]] == pytest.approx(0.5, rel=1e-3)
+    assert float(change[[0, 3, 4]].amax()) == 0
+
+
+# -- bad input -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"lr": -0.1}, "lr=-0.1"),
+        ({"lr": math.nan}, "lr=nan"),
+        ({"damping": 0.0}, "damping=0.0"),
+        ({"momentum": 1.0}, "momentum=1.0"),
+        ({"weight_decay": -1.0}, "weight_decay=-1.0"),
+        ({"decay": 1.0}, "decay=1.0"),
+        ({"fallback": "adamw"}, "'adam'"),
+        ({"params": []}, "empty list"),
+        ({"params": "no.such.layer"}, "matches no parameter"),
+        ({"params": [torch.zeros(2, requires_grad=True)]}, "do not belong to the model"),
+        ({"params": [3]}, "not int"),
+        ({"params": [{"lr": 0.1}]}, "'params'"),
+    ],
+)
+def test_settings_that_are_refused(options: dict[str, Any], part: str) -> None:
+    for make in (KBFGS, KFAC):
+        with pytest.raises(errors.CurvscopeError, match=part):
+            make(small(), **{"lr": 0.1, "damping": 0.3, **options})
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "part"),
+    [
+        (KBFGS, {"memory": 0}, "memory=0"),
+        (KBFGS, {"memory": 2.5}, "memory=2.5"),
+        (KBFGS, {"max_update_norm": 0.0}, "max_update_norm"),
+        (KFAC, {"fisher": "true"}, "'mc'"),
+        (KFAC, {"split": "trac"}, "'trace'"),
+        (KFAC, {"inverse_every": 0}, "inverse_every=0"),
+        (KFAC, {"loss": "gaussian"}, "'normal'"),
+        (KFAC, {"loss": nn.L1Loss()}, "negative log-likelihood"),
+        (KFAC, {"loss": nn.CrossEntropyLoss(weight=torch.ones(3))}, "belong to targets"),
+    ],
+)
+def test_own_settings_that_are_refused(make: Any, options: dict[str, Any], part: str) -> None:
+    with pytest.raises(errors.CurvscopeError, match=part):
+        make(small(), 0.1, 0.3, **options)
+
+
+def test_models_that_are_refused() -> None:
+    with pytest.raises(errors.OptionError, match="the model itself"):
+        KBFGS(list(small().parameters()), 0.1, 0.3)
+    with pytest.raises(errors.ModelError, match="no trainable"):
+        KBFGS(small().requires_grad_(False), 0.1, 0.3)
+    model = small()
+    model[2].float()
+    with pytest.raises(errors.ModelError, match=r"dtypes.*float32|float64"):
+        KBFGS(model, 0.1, 0.3)
+    model = small()
+    model[2].to("meta")
+    with pytest.raises(errors.ModelError, match=r"devices.*meta"):
+        KBFGS(model, 0.1, 0.3)
+
+
+@every_method
+def test_closures_that_are_refused(make: Any) -> None:
+    model = small()
+    optimizer = make(model, 0.1, 0.3)
+    x, y = normal(7, 5), labels(7)
+    start = flat(model)
+
+    def closure_that(result: Any, backward: bool = True) -> Callable[[], Any]:
+        def closure() -> Any:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            if backward:
+                loss.backward()
+            return result(loss)
+
+        return closure
+
+    with pytest.raises(errors.OptionError, match="must return the loss"):
+        optimizer.step(closure_that(lambda loss: None))
+    with pytest.raises(errors.OptionError, match=r"shape \[3\]"):
+        optimizer.step(closure_that(lambda loss: loss.expand(3)))
+    with pytest.raises(errors.OptionError, match="backward"):
+        optimizer.step(closure_that(lambda loss: loss, backward=False))
+    with pytest.raises(errors.OptionError, match="closure"):
+        optimizer.step(3)
+    optimizer.zero_grad()
+    with pytest.raises(errors.OptionError, match=r"closure|backward"):
+        optimizer.step()
+    assert torch.equal(flat(model), start) and optimizer.steps == 0
+    assert not any(optimizer.state.values())
+    run(optimizer, model, 1)
+
+
+@every_method
+def test_a_loss_that_is_not_finite_changes_nothing(make: Any) -> None:
+    model = mixed()
+    optimizer = make(model, 0.1, 0.3)
+    run(optimizer, model, 2)
+    before = copy.deepcopy(optimizer.state_dict())
+    weights = copy.deepcopy(model.state_dict())
+    x, y = normal(7, 5), labels(7)
+
+    def unchanged() -> None:
+        assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
+        now = optimizer.state_dict()
+        assert now["curvscope"]["steps"] == 2
+        for index, entry in before["state"].items():
+            for key, value in entry.items():
+                if isinstance(value, Tensor):
+                    assert torch.equal(value, now["state"][index][key]), key
+
+    bad = x.clone()
+    bad[2, 1] = math.inf
+    with pytest.raises(errors.NonFiniteError, match="layer '0'"):
+        optimizer.step(closure_of(optimizer, model, bad, y))
+    unchanged()
+    with pytest.raises(errors.NonFiniteError, match="step 3"):
+        optimizer.step(closure_of(optimizer, model, x, y, lambda z, t: F.cross_entropy(z, t) / 0.0))
+    unchanged()
+    with torch.no_grad():
+        model[4].weight[0, 0] = math.nan
+    weights = copy.deepcopy(model.state_dict())
+    with pytest.raises(errors.NonFiniteError, match=r"parameters of layer '4'"):
+        optimizer.step(closure_of(optimizer, model, x, y))
+    assert torch.equal(model[1].running_mean, weights["1.running_mean"])
+
+
+def test_a_gradient_that_is_not_finite() -> None:
+    model = small()
+    optimizer = KBFGS(model, 0.1, 0.3)
+    start = flat(model)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(normal(7, 5)), labels(7))
+        loss.backward()
+        model[2].bias.grad[1] = math.nan
+        return loss
+
+    with pytest.raises(errors.NonFiniteError, match=r"gradient is NaN.*'2' \(2.bias\)"):
+        optimizer.step(closure)
+    assert torch.equal(flat(model), start)
+
+
+def test_gradients_that_overflow_their_norm_only_are_fine() -> None:
+    model = small(dtype=torch.float32)
+    optimizer = KBFGS(model, 1e-30, 0.3)
+    run(optimizer, model, 1, loss=lambda z, y: 1e25 * F.cross_entropy(z, y))
+    assert optimizer.steps == 1
+
+
+@every_method
+def test_a_model_that_has_changed(make: Any) -> None:
+    def changed(change: Callable[[nn.Module], Any], part: str) -> None:
+        model = small()
+        optimizer = make(model, 0.1, 0.3)
+        run(optimizer, model, 1)
+        change(model)
+        with pytest.raises(errors.ModelError, match=part):
+            run(optimizer, model, 1)
+
+    changed(lambda m: m.__setitem__(2, nn.Linear(6, 3).double()), "replaced")
+    changed(lambda m: m.__delitem__(2), "gone")
+    changed(lambda m: m.append(nn.Linear(3, 3).double()), "are new")
+    changed(lambda m: m[0].bias.requires_grad_(False), "frozen")
+    changed(lambda m: m.float(), "changed from")
+
+
+@every_method
+def test_unknown_and_uncovered_blocks(make: Any) -> None:
+    model = mixed()
+    optimizer = make(model, 0.1, 0.3)
+    with pytest.raises(errors.UncoveredError, match="no step has been taken"):
+        optimizer.factors("0")
+    run(optimizer, model, 1)
+    with pytest.raises(errors.UnknownBlockError, match="Blocks: 0, 1, 4"):
+        optimizer.factors("7")
+    with pytest.raises(errors.UncoveredError, match="not defined for BatchNorm1d"):
+        optimizer.factors("1")
+    assert set(optimizer.factors("0")) == {"A", "G", "H_a", "H_g"}
+    optimizer.factors("0")["A"].zero_()
+    assert float(optimizer.factors("0")["A"].norm()) > 0  # copies
