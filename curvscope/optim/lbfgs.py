@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .bfgs import acceptable, dot, matmul, times
+from .bfgs import acceptable, matmul, times
 
-_SMALL = 3  # up to so many times the memory, the matrix itself is cheaper than its compact form
+_SMALL = 2  # up to so many times the memory, the matrix itself is cheaper than its compact form
 
 
 class Memory(NamedTuple):
@@ -121,12 +122,23 @@ def dense(memory: Memory) -> Tensor:
         return (H + H.mT) / 2
     sy = (S * Y).sum(-1, keepdim=True)
     rho = torch.where(sy > 0, 1 / sy, 0.0)  # an empty slot changes nothing
-    for s, y, scale in zip(S.unbind(1), Y.unbind(1), rho.unbind(1), strict=True):
-        r = s - times(H, y)
-        u = scale * (r - scale * dot(r, y) / 2 * s)
-        product = s.unsqueeze(-1) * u.unsqueeze(-2)
-        H += product + product.mT
-    return H
+    groups = (_by_pairs(*(t.cpu().numpy() for t in group)) for group in zip(S, Y, rho, strict=True))
+    return torch.stack([torch.from_numpy(group) for group in groups]).to(H.device)
+
+
+def _by_pairs(S: np.ndarray, Y: np.ndarray, rho: np.ndarray) -> np.ndarray:
+    """The identity after the BFGS updates with the rows of ``S``, ``Y``, one after the other.
+
+    In NumPy, whose calls cost less than the arithmetic of such small matrices.
+    """
+    H = np.eye(S.shape[1])
+    for s, y, scale in zip(S, Y, rho[:, 0], strict=True):
+        r = s - H @ y
+        u = scale * r - (0.5 * scale * scale * (r @ y)) * s
+        product = s[:, None] * u
+        H += product
+        H += product.T
+    return (H + H.T) / 2
 
 
 def identity(like: Tensor) -> Tensor:
