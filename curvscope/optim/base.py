@@ -203,22 +203,27 @@ class CurvatureOptimizer(Inspection, torch.optim.Optimizer):
 
     def _gradient(self, layer: Layer) -> Tensor:
         """``[gradient of W, of b]`` with weight decay added, in the layer's matrix view."""
-        parts = []
-        for p in (layer.weight, layer.bias):
-            if p is None or p.grad is None:
-                parts.append(None if p is None else torch.zeros_like(p, dtype=self.factor_dtype))
+        matrix = layer.weight.new_zeros(layer.view.shape, dtype=self.factor_dtype)
+        for p, part in zip((layer.weight, layer.bias), layer.split(matrix), strict=True):
+            if p is None or part is None or p.grad is None:
                 continue
             decay = self.group_of(p).get("weight_decay", 0.0)
             gradient = p.grad.to(self.factor_dtype)
-            parts.append(gradient.add(p, alpha=decay) if decay else gradient)
-        assert parts[0] is not None
-        return layer.matrix(parts[0], parts[1])
+            if decay:
+                torch.add(gradient, p.to(self.factor_dtype), alpha=decay, out=part)
+            else:
+                part.copy_(gradient)
+        return matrix
 
     def _move(self, layer: Layer, update: Tensor) -> None:
         """``W <- W - lr update`` for an update in the layer's matrix view."""
         for p, part in zip((layer.weight, layer.bias), layer.split(update)):
             if p is not None and part is not None:
-                p.sub_((self.group_of(p)["lr"] * part).to(p.dtype))
+                lr = float(self.group_of(p)["lr"])
+                if p.dtype == part.dtype:
+                    p.sub_(part, alpha=lr)
+                else:
+                    p.sub_((lr * part).to(p.dtype))
 
     @torch.no_grad()
     def _fallback_step(self, names: Iterable[str]) -> None:

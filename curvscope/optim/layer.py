@@ -46,7 +46,7 @@ class Layer:
         return torch.cat([rows, bias.reshape(groups, -1, 1).to(rows.dtype)], -1)
 
     def split(self, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Inverse of :meth:`matrix`."""
+        """Inverse of :meth:`matrix`; the parts are views of a contiguous matrix."""
         if self.bias is None:
             return matrix.reshape(self.weight.shape), None
         return matrix[..., :-1].reshape(self.weight.shape), matrix[..., -1].reshape(-1)
