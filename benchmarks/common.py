@@ -65,14 +65,26 @@ def machine() -> str:
     )
 
 
-def write(name: str, title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> Path:
-    """Write a Markdown table with the machine named; also prints it."""
-    RESULTS.mkdir(exist_ok=True)
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table with aligned columns."""
     cells = [[str(cell) for cell in row] for row in [header, *rows]]
     widths = [max(len(row[k]) for row in cells) for k in range(len(header))]
     lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths)) + " |" for row in cells]
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    text = "\n".join([f"# {title}", "", f"Machine: {machine()}.", "", *lines, ""])
+    return "\n".join(lines)
+
+
+def write(
+    name: str,
+    title: str,
+    header: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    notes: str = "",
+) -> Path:
+    """Write a Markdown table with the machine named; also prints it."""
+    RESULTS.mkdir(exist_ok=True)
+    parts = [f"# {title}", f"Machine: {machine()}.", table(header, rows), notes]
+    text = "\n\n".join(part for part in parts if part) + "\n"
     path = RESULTS / f"{name}.md"
     path.write_text(text)
     sys.stdout.write(text)

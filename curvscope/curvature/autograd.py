@@ -14,13 +14,13 @@ from ..problem import Problem, Snapshot, flat_gradient
 from ..problem.cotangents import require_differentiable
 from ..problem.state import trains_differently
 from ..progress import track
+from .engine import Engine
 from .gram import cotangents, pass_count
 from .products import (
     EMPIRICAL,
     HESSIAN,
     Kind,
     VectorJacobian,
-    batch_product,
     symmetrised,
     twice_differentiable,
 )
@@ -69,8 +69,18 @@ class AutogradOperator(Operator):
     operator was made, even if the model is trained on meanwhile.
     """
 
-    def __init__(self, problem: Problem, kind: Kind, names: Sequence[str], at: Snapshot) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        kind: Kind,
+        names: Sequence[str],
+        at: Snapshot,
+        *,
+        engine: str = "auto",
+        memory: int | None = None,
+    ) -> None:
         self.problem, self.kind, self.at = problem, kind, at
+        self.engine, self.memory = engine, memory
         self.layout = problem.layout.restrict(names)
         self.parameters = [problem.params[n] for n in self.layout.names]
         size = self.layout.numel
@@ -80,28 +90,28 @@ class AutogradOperator(Operator):
         self.positive_semidefinite = None if kind.matrix == HESSIAN else is_convex(problem, kind)
         self.info = provenance(problem, kind, "autograd", at)
         self._kept: Tensor | None = None
-        self._trusted = False  # whether a product has been checked
+        self._engine: Engine | None = None
 
     @plain_mode()
     def _matmat(self, vectors: Tensor) -> Tensor:
         if self._kept is not None:
             return self._kept @ vectors
-        generator = self.kind.generator()
-
-        def one(inputs: Any, targets: Any) -> Tensor:
-            check, self._trusted = not self._trusted, True
-            return batch_product(
+        if self._engine is None:
+            self._engine = Engine(
                 self.problem,
                 self.kind,
                 self.parameters,
-                inputs,
-                targets,
-                vectors,
-                generator,
-                check=check,
+                self.at,
+                mode=self.engine,
+                limit=self.memory,
             )
+        product = self._engine.product(vectors)
+        self.info = self.info.with_(settings={**self.info.settings, "engine": self._engine.used})
+        return product
 
-        return self.problem.scale * self.problem.sum_over_batches(one, at=self.at)
+    def release(self) -> None:
+        """Forget the graphs that products have kept."""
+        self._engine = None
 
     def _dense(self) -> Tensor:
         if self._kept is None:

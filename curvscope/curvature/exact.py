@@ -11,6 +11,7 @@ from ..errors import DataError, OptionError, UnsupportedLossError, check_option
 from ..modes import plain_mode
 from ..problem import Problem, Snapshot, require_problem
 from ..problem.data import select
+from .engine import check_engine
 from .gram import record_batch
 from .products import EMPIRICAL, FISHER, GGN, HESSIAN, Kind
 from .whole import WholeOperator
@@ -19,8 +20,11 @@ _ROUTES = ("auto", "gram", "rows", "autograd", "backpack")
 
 
 @plain_mode()
-def _make(problem: Problem, kind: Kind, route: str) -> WholeOperator:
+def _make(
+    problem: Problem, kind: Kind, route: str, engine: str, memory: int | None
+) -> WholeOperator:
     check_option("route", route, _ROUTES)
+    check_engine(engine, memory)
     require_problem(problem)
     if route == "backpack" and (kind.matrix == EMPIRICAL or kind.samples is not None):
         raise OptionError(
@@ -31,7 +35,7 @@ def _make(problem: Problem, kind: Kind, route: str) -> WholeOperator:
     at = problem.snapshot()
     if kind.needs_samples:
         check_sample_axis(problem, kind, at)
-    return WholeOperator(problem, kind, route, at)
+    return WholeOperator(problem, kind, route, at, engine=engine, memory=memory)
 
 
 def check_sample_axis(problem: Problem, kind: Kind, at: Snapshot) -> None:
@@ -76,31 +80,45 @@ def _last_samples(problem: Problem, inputs: Any, samples: int) -> tuple[Tensor, 
         return None
 
 
-def hessian(problem: Problem, *, route: str = "auto") -> WholeOperator:
+def hessian(
+    problem: Problem, *, route: str = "auto", engine: str = "auto", memory: int | None = None
+) -> WholeOperator:
     """The Hessian ``d^2 f / d theta^2`` ``[P, P]``, whole and by block.
 
     Blocks of layers that only piecewise linear operations follow equal the Gauss-Newton block and
     are computed as such; Linear layers in other nets by ``sum_n H_n (x) a_n a_n^T``; everything
     else by double backward, column by column. ``route`` forces ``"gram"``, ``"rows"`` or
     ``"autograd"`` (``UnsupportedLayerError`` where that is not valid).
+
+    ``engine`` says how products ``op @ V`` are computed and ``memory`` bounds, in bytes, what
+    their graphs hold: see :class:`~curvscope.curvature.engine.Engine`. Both are the same for the
+    other matrices.
     """
     if route == "backpack":
         raise OptionError("BackPACK has no full Hessian block; use cs.backpack.diag_hessian.")
-    return _make(problem, Kind(HESSIAN), route)
+    return _make(problem, Kind(HESSIAN), route, engine, memory)
 
 
-def ggn(problem: Problem, *, route: str = "auto") -> WholeOperator:
+def ggn(
+    problem: Problem, *, route: str = "auto", engine: str = "auto", memory: int | None = None
+) -> WholeOperator:
     """Generalised Gauss-Newton ``(1/M) sum_m J_m^T (d^2 l_m/dz^2) J_m`` (Schraudolph 2002).
 
     Positive semi-definite for convex losses. Blocks come as ``V V^T`` in one backward pass per
     output (factored for Linear layers), else by double backward. ``route="backpack"`` takes
     BackPACK's ``SqrtGGNExact``.
     """
-    return _make(problem, Kind(GGN), route)
+    return _make(problem, Kind(GGN), route, engine, memory)
 
 
 def fisher(
-    problem: Problem, samples: int | None = None, *, seed: int = 0, route: str = "auto"
+    problem: Problem,
+    samples: int | None = None,
+    *,
+    seed: int = 0,
+    route: str = "auto",
+    engine: str = "auto",
+    memory: int | None = None,
 ) -> WholeOperator:
     """The Fisher information ``(1/M) sum_m c_m E_{y~p}[grad log p(y) grad log p(y)^T]``.
 
@@ -112,11 +130,16 @@ def fisher(
         raise OptionError(f"samples={samples!r} must be None (exact) or a positive integer.")
     if problem.loss.likelihood is None:
         raise UnsupportedLossError(problem.loss.no_likelihood("Its Fisher"))
-    return _make(problem, Kind(FISHER, samples=samples, seed=seed), route)
+    return _make(problem, Kind(FISHER, samples=samples, seed=seed), route, engine, memory)
 
 
 def empirical_fisher(
-    problem: Problem, *, per: str = "sample", route: str = "auto"
+    problem: Problem,
+    *,
+    per: str = "sample",
+    route: str = "auto",
+    engine: str = "auto",
+    memory: int | None = None,
 ) -> WholeOperator:
     """``(1/M) sum_n g_n g_n^T`` with the gradients at the observed labels. Not the Fisher.
 
@@ -125,4 +148,4 @@ def empirical_fisher(
     (Kunstner, Balles and Hennig 2019).
     """
     check_option("per", per, ("sample", "term"))
-    return _make(problem, Kind(EMPIRICAL, per=per), route)
+    return _make(problem, Kind(EMPIRICAL, per=per), route, engine, memory)

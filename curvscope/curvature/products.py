@@ -21,7 +21,6 @@ from ..errors import UnsupportedLayerError, UnsupportedLossError
 from ..problem import Problem
 from ..problem.cotangents import (
     output_hessian_product,
-    require_differentiable,
     sampled_cotangents,
     scaled_terms,
 )
@@ -170,103 +169,14 @@ def output_product(
     return product
 
 
-def batch_product(
-    problem: Problem,
-    kind: Kind,
-    parameters: Sequence[Tensor],
-    inputs: Any,
-    targets: Any,
-    vectors: Tensor,
-    generator: torch.Generator,
-    *,
-    check: bool = False,
-) -> Tensor:
-    """Unnormalised product of one batch's matrix with the columns of ``vectors [d, k]``.
-
-    ``check`` makes sure that the double backward is right (custom functions may break it).
-    """
-    outputs = problem.outputs(inputs)
-    if not outputs.requires_grad:
-        return torch.zeros_like(vectors, memory_format=torch.contiguous_format)
-    if kind.matrix == HESSIAN:
-        total = problem.batch_total(outputs, targets)
-        with twice_differentiable():
-            gradients = torch.autograd.grad(total, parameters, create_graph=True, allow_unused=True)
-            require_differentiable(gradients)
-            flat = _flatten([None if g is None else g.unsqueeze(0) for g in gradients], parameters)
-            second = VectorJacobian(flat[0], parameters)
-            return second(vectors.mT.to(flat.dtype)).mT.to(vectors.dtype)
-    samples = problem.count_samples(inputs, targets)
-    middle = output_product(problem, kind, outputs, targets, samples, generator)
-    try:
-        return _double_backward(outputs, parameters, middle, vectors, check)
-    except _NotLinear:
-        return _by_rows(outputs, parameters, middle, vectors)
-    except RuntimeError as error:
-        if not _has_no_derivative(error):
-            raise
-        return _by_rows(outputs, parameters, middle, vectors)
-
-
 Product = Callable[[Tensor], Tensor]
 
 
-class _NotLinear(Exception):
+class NotLinear(Exception):
     """Double backward does not give ``J v``: a custom function hides its derivative."""
 
 
-def _double_backward(
-    outputs: Tensor, parameters: Sequence[Tensor], middle: Product, vectors: Tensor, check: bool
-) -> Tensor:
-    """``J^T M J V`` with ``J v`` by two backward passes: ``J^T w`` is linear in ``w``."""
-    result = torch.zeros_like(vectors, memory_format=torch.contiguous_format)
-    split = [p.numel() for p in parameters]
-    w = torch.zeros_like(outputs, requires_grad=True)
-    back = torch.autograd.grad(outputs, parameters, w, create_graph=True, allow_unused=True)
-    require_differentiable(back)
-    used = [(g, i) for i, g in enumerate(back) if g is not None and g.requires_grad]
-
-    def forward(column: Tensor) -> Tensor:
-        """``J v``."""
-        v = [part.reshape(p.shape) for part, p in zip(column.split(split), parameters, strict=True)]
-        if not used:
-            return torch.zeros_like(outputs)
-        (jv,) = torch.autograd.grad(
-            [g for g, _ in used],
-            w,
-            [v[i] for _, i in used],
-            retain_graph=True,
-            allow_unused=True,
-        )
-        return torch.zeros_like(outputs) if jv is None else jv
-
-    if check:
-        _adjoint(outputs, parameters, forward)
-    for j in range(vectors.shape[1]):
-        jv = forward(vectors[:, j].to(outputs.dtype))
-        gradients = torch.autograd.grad(
-            outputs, parameters, middle(jv), retain_graph=True, allow_unused=True
-        )
-        rows = [None if g is None else g.unsqueeze(0) for g in gradients]
-        result[:, j] = _flatten(rows, parameters)[0].to(result.dtype)
-    return result
-
-
-def _adjoint(outputs: Tensor, parameters: Sequence[Tensor], forward: Product) -> None:
-    """Raise :class:`_NotLinear` unless ``<u, J v> = <J^T u, v>`` for random ``u`` and ``v``."""
-    generator = torch.Generator().manual_seed(0)
-    u = torch.randn(outputs.shape, generator=generator).to(outputs)
-    v = torch.randn(sum(p.numel() for p in parameters), generator=generator).to(outputs)
-    jv = forward(v)
-    gradients = torch.autograd.grad(outputs, parameters, u, retain_graph=True, allow_unused=True)
-    jtu = _flatten([None if g is None else g.unsqueeze(0) for g in gradients], parameters)[0]
-    left, right = float((u.double() * jv).sum()), float((jtu.double() * v).sum())
-    scale = float(u.norm() * jv.norm() + jtu.norm() * v.norm())
-    if abs(left - right) > 10 * torch.finfo(outputs.dtype).eps ** 0.5 * scale:
-        raise _NotLinear
-
-
-def _by_rows(
+def by_rows(
     outputs: Tensor, parameters: Sequence[Tensor], middle: Product, vectors: Tensor
 ) -> Tensor:
     """``J^T M J V`` with the Jacobian itself, one backward pass per output."""
@@ -292,7 +202,8 @@ def _by_rows(
     return jacobian.mT @ torch.stack(columns, 1).to(vectors.dtype)
 
 
-def _has_no_derivative(error: RuntimeError) -> bool:
+def has_no_derivative(error: RuntimeError) -> bool:
+    """Whether torch says that an operation has no (second) derivative."""
     text = str(error)
     return "differentiate twice" in text or (
         "derivative for" in text and "is not implemented" in text
@@ -305,7 +216,7 @@ def twice_differentiable() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not _has_no_derivative(error):
+        if not has_no_derivative(error):
             raise
         raise UnsupportedLayerError(
             f"The model uses an operation without second derivative ({error}), so its Hessian "

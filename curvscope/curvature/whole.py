@@ -28,8 +28,17 @@ class WholeOperator(AutogradOperator):
     cheapest valid route (named in its ``info.route``); ``op @ v`` is matrix-free.
     """
 
-    def __init__(self, problem: Problem, kind: Kind, route: str, at: Snapshot) -> None:
-        super().__init__(problem, kind, list(problem.params), at)
+    def __init__(
+        self,
+        problem: Problem,
+        kind: Kind,
+        route: str,
+        at: Snapshot,
+        *,
+        engine: str = "auto",
+        memory: int | None = None,
+    ) -> None:
+        super().__init__(problem, kind, list(problem.params), at, engine=engine, memory=memory)
         self.route = route
         self.members: dict[str, tuple[str, ...]] = dict(problem.blocks)
         self._plans: dict[str, BlockPlan] | None = None
@@ -94,7 +103,14 @@ class WholeOperator(AutogradOperator):
             elif route == "rows":
                 self._together(row_blocks, [name], route)
             else:
-                block = AutogradOperator(self.problem, self.kind, self.members[name], self.at)
+                block = AutogradOperator(
+                    self.problem,
+                    self.kind,
+                    self.members[name],
+                    self.at,
+                    engine=self.engine,
+                    memory=self.memory,
+                )
                 block.view = self.plans[name].view
                 self._blocks[name] = block
         return self._blocks[name]

@@ -181,15 +181,18 @@ class Problem:
             )
 
     @contextmanager
-    def session(self, at: Snapshot | None = None) -> Iterator[None]:
-        """Evaluate inside: eval flags, states preserved, optionally at an earlier snapshot."""
+    def session(self, at: Snapshot | None = None, *, copy: bool = True) -> Iterator[None]:
+        """Evaluate inside: eval flags, states preserved, optionally at an earlier snapshot.
+
+        ``copy=False`` spares a copy of the parameters where nothing inside changes their values.
+        """
         if at is None:
             self._synchronise()
         with ExitStack() as stack:
             stack.enter_context(self.data.preserved())
             stack.enter_context(state.evaluation(self.model, batchnorm=self.batchnorm))
             values = None if at is None else at.parameters
-            stack.enter_context(state.values_at(list(self.model.parameters()), values))
+            stack.enter_context(state.values_at(list(self.model.parameters()), values, copy=copy))
             if at is not None:
                 with torch.no_grad():
                     for buffer, value in zip(self.model.buffers(), at.buffers, strict=True):

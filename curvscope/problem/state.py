@@ -37,6 +37,14 @@ def random_state() -> Iterator[None]:
         random.setstate(python_state)
 
 
+def members(model: nn.Module) -> tuple[list[nn.Module], list[nn.Parameter], list[Tensor]]:
+    """Modules, parameters and buffers, each once: in one walk, for sessions are opened often."""
+    modules = list(model.modules())
+    parameters = {id(p): p for m in modules for p in m._parameters.values() if p is not None}
+    buffers = {id(b): b for m in modules for b in m._buffers.values() if b is not None}
+    return modules, list(parameters.values()), list(buffers.values())
+
+
 @contextmanager
 def module_state(model: nn.Module) -> Iterator[None]:
     """Put back flags, buffers, attributes and ``.grad`` of every module and parameter.
@@ -44,7 +52,7 @@ def module_state(model: nn.Module) -> Iterator[None]:
     Lists, dicts, sets and deques among the attributes get their old items back, tensors among
     them their old values.
     """
-    modules = list(model.modules())
+    modules, parameters, buffers = members(model)
     flags = [module.training for module in modules]  # no plain attribute of a scripted module
     attributes = [dict(module.__dict__) for module in modules]
     tracked = [
@@ -54,10 +62,15 @@ def module_state(model: nn.Module) -> Iterator[None]:
         for module in modules
     ]
     plain = [value for own in attributes for name, value in own.items() if name not in _TRACKED]
-    containers = [(value, copy.copy(value)) for value in plain if isinstance(value, _CONTAINERS)]
-    tensors = [*model.buffers(), *(value for value in plain if isinstance(value, Tensor))]
+    # most are empty (tables of hooks), which needs no copy
+    containers = [
+        (value, copy.copy(value) if value else ())
+        for value in plain
+        if isinstance(value, _CONTAINERS)
+    ]
+    tensors = [*buffers, *(value for value in plain if isinstance(value, Tensor))]
     values = [(t, t._version, t.detach().clone()) for t in tensors]
-    gradients = [(p, p.grad) for p in model.parameters()]
+    gradients = [(p, p.grad) for p in parameters]
     try:
         yield
     finally:
@@ -76,7 +89,8 @@ def module_state(model: nn.Module) -> Iterator[None]:
                     current.clear()
                     current.update(entries)
         for container, items in containers:
-            _refill(container, items)
+            if container or items:
+                _refill(container, items)
         for module, flag in zip(modules, flags, strict=True):
             if module.training != flag:
                 module.training = flag
@@ -95,6 +109,9 @@ _CONTAINERS = (list, dict, set, deque)
 
 def _refill(container: Any, items: Any) -> None:
     """Give a container its old items back, which may be tensors: compared by identity."""
+    if not items:
+        container.clear()
+        return
     if len(container) == len(items):
         if isinstance(items, dict):
             if all(container.get(key, _MISSING) is value for key, value in items.items()):
@@ -156,28 +173,32 @@ def evaluation(model: nn.Module, *, batchnorm: str = "eval") -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(random_state())
         stack.enter_context(module_state(model))
-        for device in {p.device.type for p in model.parameters()}:
+        modules, parameters, _ = members(model)
+        for device in {p.device.type for p in parameters}:
             stack.enter_context(plain_mode(device))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(no_gradient_hooks(model))
         stack.enter_context(differentiable(model))
-        for module in model.modules():
+        for module in modules:
             # not module.train(): a user's train() override may do more than set the flag
             module.training = batchnorm == "batch" and is_batch_norm(module)
         yield
 
 
 @contextmanager
-def values_at(parameters: list[nn.Parameter], values: list[Tensor] | None = None) -> Iterator[None]:
+def values_at(
+    parameters: list[nn.Parameter], values: list[Tensor] | None = None, *, copy: bool = True
+) -> Iterator[None]:
     """Let parameters hold copies of ``values`` (by default of their own) for a while.
 
     So a forward pass that changes its parameters (``Embedding(max_norm=...)``, clipping) changes
-    neither the user's nor the given values. Versions are not counted up.
+    neither the user's nor the given values; ``copy=False`` is for those that are known to leave
+    them alone. Versions are not counted up.
     """
     before = [p.data for p in parameters]
     try:
         for parameter, value in zip(parameters, values or before, strict=True):
-            parameter.data = value.detach().clone()
+            parameter.data = value.detach().clone() if copy else value.detach()
         yield
     finally:
         for parameter, value in zip(parameters, before, strict=True):

@@ -52,8 +52,9 @@ def no_gradient_hooks(model: nn.Module) -> Iterator[None]:
     Clipping or masking in a hook would otherwise end up in the curvature; hooks that count or log
     would be called many times.
     """
-    tables = [p._backward_hooks for p in model.parameters()]
-    for module in model.modules():
+    modules = list(model.modules())
+    tables = [p._backward_hooks for m in modules for p in m._parameters.values() if p is not None]
+    for module in modules:
         tables += [module._backward_hooks, module._backward_pre_hooks]
     filled = [(table, dict(table)) for table in tables if table]
     try:

@@ -1,0 +1,260 @@
+"""The published MNIST autoencoder run of K-BFGS, repeated with every optimizer.
+
+    python benchmarks/kbfgs_mnist.py --data FOLDER      (torchvision's layout, or plain IDX files)
+
+Goldfarb, Ren, Bahamou 2020: 784-1000-500-250-30-250-500-1000-784, ReLU except after the code layer
+and the output, batches of 1000, binary cross-entropy summed over pixels; the first epoch in file
+order, then permuted; the reported loss is that of all 60,000 images plus the weight decay's term.
+Every run is kept in ``--work`` when it ends, so that an interrupted benchmark goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import common
+import mnist_report
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import curvscope as cs
+from curvscope.zoo import datasets, models
+
+BATCH, DECAY = 1000, 1e-5
+SURVIVORS, MOST_SEEDS = 3, 15
+LOOK_BACK = 6  # steps before a divergence of which the diagnostics are kept
+Make = Callable[[nn.Module], torch.optim.Optimizer]
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """An optimizer at one setting; ``settings`` says in words which."""
+
+    name: str
+    settings: str
+    make: Make
+    closure: str = "backward"  # "loss": the closure returns the loss and leaves backward alone
+
+
+def kbfgs(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
+    return cs.optim.KBFGS(model, lr=0.3, damping=0.3, weight_decay=DECAY, **options)
+
+
+GUARD = 3.0
+METHODS = {
+    m.name: m
+    for m in (
+        Method("K-BFGS", "lr 0.3, damping 0.3 (published)", kbfgs),
+        Method("K-BFGS(L)", "lr 0.3, damping 0.3, memory 100", lambda m: kbfgs(m, memory=100)),
+        Method(
+            "K-FAC",
+            "lr 1, damping 3, sampled labels, inverses every 20 steps (published)",
+            lambda m: cs.optim.KFAC(m, lr=1.0, damping=3.0, weight_decay=DECAY),
+        ),
+        Method(
+            f"K-BFGS, max_update_norm={GUARD:g}",
+            f"lr 0.3, damping 0.3, max_update_norm {GUARD:g}",
+            lambda m: kbfgs(m, max_update_norm=GUARD),
+        ),
+        Method(
+            "AdaFisher",
+            "lr 1e-3, damping 1e-3, update_every 100, not tuned",
+            lambda m: cs.optim.AdaFisher(m, lr=1e-3, damping=1e-3, weight_decay=DECAY),
+        ),
+        Method(
+            "AdaHessian",
+            "lr 0.1, not tuned",
+            lambda m: cs.optim.AdaHessian(m, lr=0.1, weight_decay=DECAY),
+            closure="loss",
+        ),
+        Method("Adam", "lr 1e-3", lambda m: torch.optim.Adam(m.parameters(), 1e-3)),
+        Method(
+            "SGD",
+            "lr 0.03, momentum 0.9, not tuned",
+            lambda m: torch.optim.SGD(m.parameters(), 0.03, momentum=0.9, weight_decay=DECAY),
+        ),
+    )
+}
+
+
+def objective(model: nn.Module, images: Tensor) -> Tensor:
+    """Binary cross-entropy summed over pixels, mean over images."""
+    logits = model(images)
+    return F.binary_cross_entropy_with_logits(logits, images, reduction="sum") / len(images)
+
+
+@torch.no_grad()
+def whole_loss(model: nn.Module, images: Tensor) -> float:
+    """The loss of all images, and half the weight decay times the squared length of the weights."""
+    total = sum(float(objective(model, part)) * len(part) for part in images.split(5000))
+    square = sum(float(p.double().square().sum()) for p in model.parameters())
+    return total / len(images) + DECAY / 2 * square
+
+
+def batches(images: Tensor, epoch: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """The first epoch in file order, then permuted."""
+    order = torch.arange(len(images))
+    if epoch > 1:
+        order = torch.randperm(len(images), generator=generator)
+    yield from (images[index] for index in order.split(BATCH))
+
+
+def train(method: Method, images: Tensor, seed: int, epochs: int) -> dict[str, Any]:
+    """One run: losses after every epoch, seconds of training, and how it ended."""
+    torch.manual_seed(seed)
+    model = models.autoencoder()
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = method.make(model)
+    start = whole_loss(model, images)
+    run: dict[str, Any] = {"method": method.name, "settings": method.settings, "seed": seed}
+    run |= {"losses": [start], "seconds": [0.0], "diverged": None, "before": []}
+    clock = time.perf_counter()
+    _warm_start(optimizer, images)
+    spent = time.perf_counter() - clock
+    steps: list[float] = []
+    recent: list[dict[str, Any]] = []
+    for epoch in range(1, epochs + 1):
+        for batch in batches(images, epoch, generator):
+            clock = time.perf_counter()
+            try:
+                loss = _step(method, optimizer, model, batch)
+            except cs.errors.NonFiniteError as error:
+                run["diverged"] = {"step": len(steps) + 1, "epoch": epoch, "error": str(error)}
+                run["before"] = recent
+                run["factors"] = _extremes(optimizer)
+                return run | {"step_seconds": statistics.median(steps)}
+            steps.append(time.perf_counter() - clock)
+            spent += steps[-1]
+            if epoch == 1 and isinstance(optimizer, cs.optim.KBFGS):
+                recent = [*recent, _diagnosis(optimizer, len(steps), loss)][-LOOK_BACK:]
+        run["losses"].append(whole_loss(model, images))
+        run["seconds"].append(spent)
+        run["step_seconds"] = statistics.median(steps)
+        print(f"  epoch {epoch}: {run['losses'][-1]:.2f}  ({spent:.0f} s)", flush=True)
+        if not run["losses"][-1] < 2 * start:
+            run["diverged"] = {"step": len(steps), "epoch": epoch, "error": "the loss grew"}
+            run["before"] = recent
+            return run
+    return run
+
+
+def _warm_start(optimizer: torch.optim.Optimizer, images: Tensor) -> None:
+    """One pass over the data for the methods that begin with one."""
+    parts = images.split(BATCH)
+    if isinstance(optimizer, cs.optim.KBFGS):
+        optimizer.warm_start(parts)
+    elif isinstance(optimizer, cs.optim.KFAC):
+        optimizer.warm_start(
+            [(part, part) for part in parts],
+            loss=lambda z, x: F.binary_cross_entropy_with_logits(z, x, reduction="sum") / len(x),
+        )
+
+
+def _step(
+    method: Method, optimizer: torch.optim.Optimizer, model: nn.Module, batch: Tensor
+) -> float:
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = objective(model, batch)
+        if method.closure == "backward":
+            loss.backward()
+        return loss
+
+    loss = float(optimizer.step(closure).detach())  # type: ignore[union-attr]
+    if not math.isfinite(loss):
+        raise cs.errors.NonFiniteError(f"The loss is {loss}.")
+    return loss
+
+
+def _diagnosis(optimizer: cs.optim.KBFGS, step: int, loss: float) -> dict[str, Any]:
+    """What ``diagnostics()`` shows after a step, over all layers."""
+    rows = optimizer.diagnostics(eigenvalues=False)
+    worst = max(rows, key=lambda row: row["update_norm"])
+    fired = {
+        name: sum(row[name] for row in rows) / (step * len(rows))
+        for name in ("damped_on_inverse", "damped_on_identity", "skipped")
+    }
+    return {
+        "step": step,
+        "loss": loss,
+        "layer": worst["block"],
+        "update_norm": math.hypot(*(row["update_norm"] for row in rows)),
+        "angle": max(row["angle"] for row in rows),
+        "sy_ss_before": min(row.get("sy_ss_before", math.nan) for row in rows),
+        **fired,
+    }
+
+
+def _extremes(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, float]]:
+    """Extreme eigenvalues of the factors of every layer, where they are finite."""
+    if not isinstance(optimizer, cs.optim.KBFGS):
+        return {}
+    keys = ("H_g_min", "H_g_max", "H_a_min", "H_a_max")
+    return {row["block"]: {k: row[k] for k in keys} for row in optimizer.diagnostics()}
+
+
+def kept(work: Path, method: Method, images: Tensor, seed: int, epochs: int) -> dict[str, Any]:
+    """The run from ``work``, or a new one."""
+    name = "".join(c if c.isalnum() else "-" for c in method.name.lower()).strip("-")
+    path = work / f"{name}_seed{seed}_epochs{epochs}.json"
+    if not path.exists():
+        print(f"{method.name}, seed {seed}", flush=True)
+        run = train(method, images, seed, epochs)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(run, indent=1))
+        part.replace(path)
+    return json.loads(path.read_text())
+
+
+def until_survivors(
+    work: Path, method: Method, images: Tensor, epochs: int
+) -> list[dict[str, Any]]:
+    """Runs of seeds 0, 1, ... until enough have survived."""
+    runs: list[dict[str, Any]] = []
+    while len(runs) < MOST_SEEDS and sum(r["diverged"] is None for r in runs) < SURVIVORS:
+        runs.append(kept(work, method, images, len(runs), epochs))
+    return runs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", required=True, help="folder with MNIST")
+    parser.add_argument("--work", type=Path, default=Path("runs/kbfgs_mnist"))
+    parser.add_argument("--epochs", type=int, default=10, help="epochs of a run (default 10)")
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch (default 2)")
+    parser.add_argument("--only", nargs="*", default=list(METHODS), help="methods by name")
+    chosen = parser.parse_args()
+    torch.set_num_threads(chosen.threads)
+    chosen.work.mkdir(parents=True, exist_ok=True)
+    split = datasets.mnist_images(chosen.data).train
+    images = split.take(slice(0, len(split)))[0].reshape(len(split), -1)
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for name in chosen.only:
+        method = METHODS[name]
+        if name == "K-BFGS":
+            runs[name] = until_survivors(chosen.work, method, images, chosen.epochs)
+        elif "max_update_norm" in name:
+            # the same seeds, for the price, and all of them through the dangerous epochs
+            survived = [r["seed"] for r in runs.get("K-BFGS", []) if r["diverged"] is None]
+            runs[name] = [
+                kept(chosen.work, method, images, seed, chosen.epochs) for seed in survived
+            ]
+            runs[f"{name}, 2 epochs"] = [
+                kept(chosen.work, method, images, seed, 2) for seed in range(MOST_SEEDS)
+            ]
+        else:
+            runs[name] = [kept(chosen.work, method, images, 0, chosen.epochs)]
+    mnist_report.write(runs, common.machine())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""Matrix-vector products with Hessian and GGN against hand-written code and other libraries.
+
+    python benchmarks/products.py [--threads 2] [--rounds 7] [--device cuda]
+
+Times are medians of interleaved rounds, as multiples of one gradient (forward plus backward pass of
+the same batch) of the same round, all with the same attention kernel. The error is that against
+the product in float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import cases
+import common
+import peers
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import curvscope as cs
+
+COLUMNS, BATCHES = 8, 20
+
+
+def by_hand(case: cases.Case, vector: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """Double backward as one writes it oneself, with a fresh and with a retained graph."""
+    p, (x, y) = case.parameters, case.batches[0]
+    v = [part.reshape(q.shape) for part, q in zip(vector.split([q.numel() for q in p]), p)]
+
+    def flat(parts: Any) -> Tensor:
+        return torch.cat([part.reshape(-1) for part in parts])
+
+    def gradient(create: bool) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(case.loss(case.model(x), y), p, create_graph=create)
+
+    kept = gradient(True)
+    return {
+        "one gradient": lambda: flat(gradient(False)),
+        "Hessian by hand, fresh": lambda: flat(torch.autograd.grad(gradient(True), p, v)),
+        "Hessian by hand, retained": lambda: flat(
+            torch.autograd.grad(kept, p, v, retain_graph=True)
+        ),
+    }
+
+
+def ours(case: cases.Case, vector: Tensor) -> dict[str, Callable[[], Tensor]]:
+    problem = cs.Problem(case.model, case.loss, case.batches[0])
+    runs = {}
+    for title, make in (("Hessian", cs.hessian), ("GGN", cs.ggn)):
+        for engine in ("fresh", "retained", "auto"):
+            # forward mode belongs to the automatic choice; with a fresh graph only where the
+            # graphs of one batch may not be kept
+            options = {"memory": None} if engine != "fresh" else {}
+            operator = make(problem, engine=engine, **options)
+            runs[f"{title}, curvscope {engine}"] = lambda op=operator: op @ vector
+    return runs
+
+
+def rounds_of(runs: dict[str, Callable[[], Tensor]], rounds: int, sync: Callable[[], None]) -> Any:
+    """Times by run, and what each run returned; runs that fail give their error instead."""
+    values: dict[str, Any] = {}
+    for name, run in list(runs.items()):
+        try:
+            run()
+            values[name] = run()
+        except Exception as error:
+            values[name] = error
+            del runs[name]
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            sync()
+            start = time.perf_counter()
+            run()
+            sync()
+            times[name].append(time.perf_counter() - start)
+    return times, values
+
+
+def median_ratio(times: dict[str, list[float]], name: str, to: str) -> float:
+    return statistics.median(a / b for a, b in zip(times[name], times[to], strict=True))
+
+
+def truth(case: cases.Case, vector: Tensor, matrix: str) -> Tensor:
+    exact = case.double()
+    problem = cs.Problem(exact.model, exact.loss, exact.batches[0])
+    op = cs.hessian(problem, engine="fresh") if matrix == "Hessian" else cs.ggn(problem)
+    return op @ vector.double()
+
+
+def single(case: cases.Case, rounds: int, sync: Callable[[], None]) -> list[list[str]]:
+    vector = torch.randn(case.size, generator=torch.Generator().manual_seed(1))
+    vector = vector.to(case.parameters[0])
+    runs = {**by_hand(case, vector), **ours(case, vector), **peers.products(case, vector)}
+    times, values = rounds_of(runs, rounds, sync)
+    exact = {m: truth(case, vector, m) for m in ("Hessian", "GGN")}
+    rows = []
+    for name, value in values.items():
+        matrix = name.split()[0].rstrip(",")
+        if isinstance(value, Exception):
+            rows.append([case.name, name, "fails", type(value).__name__])
+            continue
+        error = ""
+        if matrix in exact:
+            error = f"{float((value.double() - exact[matrix]).norm() / exact[matrix].norm()):.1e}"
+        ratio = f"{median_ratio(times, name, 'one gradient'):.2f}"
+        rows.append([case.name, name, ratio, error])
+    return rows
+
+
+def block(name: str, rounds: int, sync: Callable[[], None], device: str) -> list[list[str]]:
+    """A block of vectors over a data set, per vector and batch."""
+    case = to(cases.make(name, BATCHES), device)
+    problem = cs.Problem(case.model, case.loss, case.batches)
+    V = torch.randn(case.size, COLUMNS, generator=torch.Generator().manual_seed(2))
+    V = V.to(case.parameters[0])
+
+    def gradient() -> None:
+        for x, y in case.batches:
+            torch.autograd.grad(case.loss(case.model(x), y), case.parameters)
+
+    runs: dict[str, Any] = {"one gradient": gradient}
+    for title, make in (("Hessian", cs.hessian), ("GGN", cs.ggn)):
+        operator = make(problem, memory=2**28)  # the graphs of all batches do not fit
+        runs[f"{title}, curvscope, {COLUMNS} vectors, {BATCHES} batches"] = lambda o=operator: o @ V
+    times, _ = rounds_of(runs, rounds, sync)
+    return [
+        [case.name, run, f"{median_ratio(times, run, 'one gradient') / COLUMNS:.2f}", ""]
+        for run in list(runs)[1:]
+    ]
+
+
+def to(case: cases.Case, device: str) -> cases.Case:
+    moved = [(x.to(device), y.to(device)) for x, y in case.batches]
+    return cases.Case(case.name, case.model.to(device), case.loss, moved)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch (default 2)")
+    parser.add_argument("--rounds", type=int, default=7, help="timed rounds (default 7)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--cases", nargs="*", default=list(cases.CASES))
+    parser.add_argument("--data", help="not used: the data are random, of the real shapes")
+    chosen = parser.parse_args()
+    torch.set_num_threads(chosen.threads)
+    sync = torch.cuda.synchronize if chosen.device == "cuda" else (lambda: None)
+    rows = []
+    with sdpa_kernel(SDPBackend.MATH):
+        for name in chosen.cases:
+            rows += single(to(cases.make(name), chosen.device), chosen.rounds, sync)
+            rows += block(name, max(2, chosen.rounds // 3), sync, chosen.device)
+    suffix = "" if chosen.device == "cpu" else f"_{chosen.device}"
+    header = ["network", "product", "gradients", "error"]
+    common.write(f"products{suffix}", "Matrix-vector products", header, rows)
+
+
+if __name__ == "__main__":
+    main()

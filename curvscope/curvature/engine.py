@@ -1,0 +1,352 @@
+"""How products with a whole matrix are computed: on which graph, one or many at a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import memory
+from ..errors import MemoryLimitError, OptionError, UnsupportedLayerError, check_option
+from ..problem import Problem, Snapshot
+from ..problem.data import sample_count, select
+from .forward import gradient_along, linearised
+from .graphs import BatchGraph, HessianGraph, LinearisedGraph, Nothing, add_to, graph_bytes, split
+from .products import HESSIAN, Kind, output_product
+
+ENGINES = ("auto", "fresh", "retained", "vmap", "forward")
+_TRY_FROM = 4  # vectors from which vectorising is tried
+_SHARE = 0.25  # of the available memory that graphs may keep by default
+
+
+def check_engine(mode: str, limit: int | None) -> None:
+    """Refuse an unknown engine or a limit that is no number of bytes."""
+    check_option("engine", mode, ENGINES)
+    if limit is not None and (isinstance(limit, bool) or not limit > 0):
+        raise OptionError(f"memory={limit!r} must be a positive number of bytes, or None.")
+
+
+class Engine:
+    """Products ``[d, k] -> [d, k]`` with a matrix of a problem at a snapshot.
+
+    ``mode``, one of
+
+    * ``"fresh"``: a graph per batch and call, shared by the k vectors,
+    * ``"retained"``: the graphs of all batches are kept from one call to the next,
+    * ``"vmap"``: a fresh graph, the k vectors in one vectorised pass,
+    * ``"forward"``: forward mode, ``J v`` in one pass (Hessian: forward over reverse); refused
+      where it does not agree with reverse mode,
+    * ``"auto"``: graphs are kept from the second call on where they fit into ``limit`` bytes, and
+      vectors go through them one by one or vectorised, whichever a short trial on the first batch,
+      once per operator, finds faster.
+
+    Where the matrix is ``J^T M J``, ``J v`` comes from forward mode in all of these (but ``"vmap"``)
+    from the second call on, if it agrees with reverse mode and the trial finds it faster.
+
+    ``limit`` bytes bound what the graphs of a call hold at a time (by default a quarter of what is
+    available may be kept); with a number, batches are cut into parts that fit. ``used`` says in
+    words what the last call did.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        kind: Kind,
+        parameters: Sequence[Tensor],
+        at: Snapshot,
+        *,
+        mode: str = "auto",
+        limit: int | None = None,
+    ) -> None:
+        self.problem, self.kind, self.at, self.mode = problem, kind, at, mode
+        self.parameters = list(parameters)
+        self.limit = limit
+        self.scale = problem.scale
+        self.facts = problem.check()
+        self.used = ""
+        self._calls = 0
+        self._kept: list[BatchGraph] | None = None
+        self._bytes: int | None = None  # of one batch's graph
+        self._pieces = 1
+        self._pure = False  # whether the forward pass is known to leave the parameters alone
+        self._trusted = False  # whether double backward has been compared with the adjoint
+        self._vectorised: bool | None = {"vmap": True, "auto": None}.get(mode, False)
+        self._times: tuple[float, float, float] | None = None  # graph, J v backward and forward
+        self._forward_agrees: bool | None = False if mode == "vmap" else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}  # graphs can be neither copied nor pickled
+
+    def release(self) -> None:
+        """Forget the graphs that are kept."""
+        self._kept = None
+
+    # -- products --------------------------------------------------------------------------------
+
+    def product(self, vectors: Tensor) -> Tensor:
+        """The matrix times the columns of ``vectors``."""
+        rows = vectors.mT.contiguous()
+        total = torch.zeros_like(rows)
+        self._calls += 1
+        if self._kept is not None:
+            try:
+                return self._add_kept(rows, total).mT
+            except RuntimeError as error:
+                if "modified by an inplace operation" not in str(error):
+                    raise
+                self._kept = None  # the user has trained on: start again from the snapshot
+                total.zero_()
+        keep = self._wants_to_keep()
+        kept: list[BatchGraph] = []
+        everything = list(self.problem.model.parameters())
+        before = [p._version for p in everything]
+        with self.problem.session(self.at, copy=not self._pure):
+            self._used(len(rows), keep)
+            generator = self.kind.generator()
+            for inputs, targets in self._parts():
+                graph = self._graph(inputs, targets, len(rows), generator)
+                self._add(graph, rows, total, retain=keep)
+                if keep:
+                    kept.append(graph)
+            self._pure = [p._version for p in everything] == before
+        self._kept = kept if keep and self._pure else None
+        return total.mT
+
+    def _add_kept(self, rows: Tensor, total: Tensor) -> Tensor:
+        assert self._kept is not None
+        with self.problem.session(self.at, copy=False):
+            self._used(len(rows), True)
+            for graph in self._kept:
+                self._add(graph, rows, total, retain=True)
+        return total
+
+    def _add(self, graph: BatchGraph, rows: Tensor, total: Tensor, *, retain: bool) -> None:
+        many = len(rows) >= _TRY_FROM or (self.mode == "vmap" and len(rows) > 1)
+        if many and self._vectorised is None:
+            self._try_vectorised(graph, rows[:_TRY_FROM])
+        graph.add(
+            rows, total, self.scale, vectorised=many and bool(self._vectorised), retain=retain
+        )
+
+    # -- graphs ----------------------------------------------------------------------------------
+
+    def _parts(self) -> Iterator[tuple[Any, Any]]:
+        """The batches, cut where their graphs would not fit into a stated memory."""
+        for inputs, targets in self.problem.batches():
+            if self.limit is not None and self._bytes is None:
+                self._measure(inputs, targets)
+            samples = sample_count(inputs, targets)
+            if self._pieces == 1 or samples == 1:
+                yield inputs, targets
+                continue
+            for index in torch.arange(samples).tensor_split(min(self._pieces, samples)):
+                yield select(inputs, index, samples), select(targets, index, samples)
+
+    def _measure(self, inputs: Any, targets: Any) -> None:
+        """How large graphs are, from that of a few samples, and into how many parts to cut."""
+        assert self.limit is not None
+        samples = sample_count(inputs, targets)
+        few = samples if self.facts.coupled else max(1, samples // 8)
+        index = torch.arange(few)
+        part = select(inputs, index, samples), select(targets, index, samples)
+        graph = self._graph(*part, 1, self.kind.generator())
+        per_sample = graph_bytes(graph.roots(), self.parameters) / few
+        del graph
+        fits = int(self.limit / max(per_sample, 1.0))
+        if fits < (samples if self.facts.coupled else 1):
+            unit = "batch, whose samples are coupled," if self.facts.coupled else "single sample"
+            needed = int(per_sample * (samples if self.facts.coupled else 1))
+            raise MemoryLimitError(
+                f"The graph of a {unit} takes {memory.format_bytes(needed)}, more than "
+                f"memory={self.limit} bytes. Raise memory=, or ask for single blocks."
+            )
+        self._pieces = -(-samples // fits)
+        self._bytes = int(per_sample * -(-samples // self._pieces))
+
+    def _graph(
+        self, inputs: Any, targets: Any, count: int, generator: torch.Generator
+    ) -> BatchGraph:
+        problem, parameters = self.problem, self.parameters
+        if self.kind.matrix == HESSIAN:
+            if self.mode == "forward":
+                return _AlongGraph(self, inputs, targets)
+            outputs = problem.outputs(inputs)
+            if not outputs.requires_grad:
+                return Nothing()
+            total = problem.batch_total(outputs, targets)
+            check, self._trusted = not self._trusted, True
+            graph: BatchGraph = Nothing()
+            if total.requires_grad:
+                graph = HessianGraph(total, parameters, check=check)
+        else:
+            graph = self._linearised(inputs, targets, count, generator)
+        if self._bytes is None:
+            self._bytes = graph_bytes(graph.roots(), parameters)
+        return graph
+
+    def _linearised(
+        self, inputs: Any, targets: Any, count: int, generator: torch.Generator
+    ) -> BatchGraph:
+        problem, parameters = self.problem, self.parameters
+        outputs = problem.outputs(inputs)
+        if not outputs.requires_grad:
+            return Nothing()
+        samples = problem.count_samples(inputs, targets)
+        middle = output_product(problem, self.kind, outputs, targets, samples, generator)
+
+        def forward(parts: list[Tensor]) -> Tensor:
+            run = lambda: problem.outputs(inputs)  # noqa: E731
+            return linearised(problem.model, run, parameters, parts, graph=False)[1]
+
+        tries = self.mode == "forward" or self._calls > 1
+        if self._forward_agrees is None and tries:
+            self._try_forward(outputs, middle, forward)
+        use = self._forward_agrees and self._forward_pays(count)
+        check, self._trusted = not (self._trusted or use), True
+        return LinearisedGraph(
+            outputs, parameters, middle, forward=forward if use else None, check=check
+        )
+
+    # -- choices ---------------------------------------------------------------------------------
+
+    def _wants_to_keep(self) -> bool:
+        if self.mode == "retained":
+            limit = self.limit or int(0.8 * memory.available_bytes(self.problem.device))
+            if self._bytes and self._bytes * self.facts.batches * self._pieces > limit:
+                needed = self._bytes * self.facts.batches * self._pieces
+                raise MemoryLimitError(
+                    f"Keeping the graphs of all batches takes {memory.format_bytes(needed)} "
+                    f"({needed} bytes), but {limit} bytes may be used. Use engine='auto' or "
+                    "'fresh', fewer samples (problem.subset), or raise memory=."
+                )
+            return True
+        if self.mode not in ("auto",) or self._calls < 2 or self._bytes is None:
+            return False
+        limit = self.limit or int(_SHARE * memory.available_bytes(self.problem.device))
+        return self._bytes * self.facts.batches * self._pieces <= limit
+
+    def _try_vectorised(self, graph: BatchGraph, rows: Tensor) -> None:
+        """Time a few products one by one and vectorised, and compare them."""
+        single, batched = torch.zeros_like(rows), torch.zeros_like(rows)
+        start = time.perf_counter()
+        graph.add(rows, single, 1.0, vectorised=False, retain=True)
+        middle = time.perf_counter()
+        try:
+            graph.add(rows, batched, 1.0, vectorised=True, retain=True)
+        except Exception:  # operations without a batching rule: many error types
+            self._vectorised = False
+            return
+        end = time.perf_counter()
+        self._vectorised = _agree(single, batched) and end - middle < 0.9 * (middle - start)
+
+    def _try_forward(
+        self, outputs: Tensor, middle: Any, forward: Callable[[list[Tensor]], Tensor]
+    ) -> None:
+        """Compare ``J v`` by forward mode with two backward passes, and time both."""
+        size = sum(p.numel() for p in self.parameters)
+        v = torch.randn(size, generator=torch.Generator().manual_seed(1)).to(outputs)
+        parts = split(v, self.parameters)
+        try:
+            forward(parts)
+            start = time.perf_counter()
+            found = forward(parts)
+            t_forward = time.perf_counter() - start
+        except Exception as error:  # operations without a forward derivative: many error types
+            if self.mode == "forward":
+                raise UnsupportedLayerError(
+                    f"The model has no forward-mode derivative ({error}). Use engine='auto'."
+                ) from error
+            self._forward_agrees = False
+            return
+        start = time.perf_counter()
+        graph = LinearisedGraph(outputs, self.parameters, middle, check=True)
+        t_graph = time.perf_counter() - start
+        if graph.by_rows:
+            self._forward_agrees = False
+            return
+        graph.times_jacobian(parts)
+        start = time.perf_counter()
+        reverse = graph.times_jacobian(parts)
+        t_reverse = time.perf_counter() - start
+        self._forward_agrees = _agree(reverse, found)
+        self._times = (t_graph / 2, t_reverse, t_forward)  # the check took a pass of its own
+        if self.mode == "forward" and not self._forward_agrees:
+            raise UnsupportedLayerError(_DISAGREES.format("J v", _gap(reverse, found)))
+
+    def _forward_pays(self, count: int) -> bool:
+        if self.mode == "forward" or self._times is None:
+            return True
+        graph, reverse, forward = self._times
+        if self._wants_to_keep():
+            return forward < reverse
+        return count * forward < graph + count * reverse
+
+    def _used(self, count: int, keep: bool) -> None:
+        words = ["retained graphs" if keep else "a fresh graph per batch"]
+        if self.mode == "forward" and self.kind.matrix == HESSIAN:
+            words = ["forward over reverse"]
+        elif self._forward_agrees and self._forward_pays(count):
+            words.append("J v by forward mode")
+        if count >= _TRY_FROM and self._vectorised:
+            words.append("vectorised")
+        if self._pieces > 1:
+            words.append(f"batches in {self._pieces} parts")
+        self.used = ", ".join(words)
+
+
+class _AlongGraph(BatchGraph):
+    """Forward over reverse: no graph, every product differentiates the gradient along a vector."""
+
+    def __init__(self, engine: Engine, inputs: Any, targets: Any) -> None:
+        self.engine, self.inputs, self.targets = engine, inputs, targets
+        self.parameters = engine.parameters
+
+    def roots(self) -> list[Tensor]:
+        return []
+
+    def _total(self) -> Tensor:
+        problem = self.engine.problem
+        return problem.batch_total(problem.outputs(self.inputs), self.targets)
+
+    def _one(self, parts: list[Tensor], retain: bool) -> Sequence[Tensor | None]:
+        engine = self.engine
+        try:
+            found = gradient_along(engine.problem.model, self._total, self.parameters, parts)
+        except (RuntimeError, NotImplementedError) as error:
+            raise UnsupportedLayerError(
+                f"The model has no forward-mode derivative ({error}). Use engine='auto'."
+            ) from error
+        if not engine._trusted:
+            engine._trusted = True
+            total = self._total()
+            flat = torch.zeros_like(torch.cat([p.detach().reshape(-1) for p in parts]))
+            reverse, forward = flat, flat.clone()
+            if total.requires_grad:
+                graph = HessianGraph(total, self.parameters)
+                add_to(reverse, graph._one(parts, False), self.parameters, 1.0)
+            add_to(forward, found, self.parameters, 1.0)
+            if not _agree(reverse, forward):
+                raise UnsupportedLayerError(_DISAGREES.format("H v", _gap(reverse, forward)))
+        return found
+
+    def _many(self, parts: list[Tensor]) -> Sequence[Tensor | None]:
+        raise NotImplementedError
+
+
+_DISAGREES = (
+    "Forward mode is wrong for this model: its {} differs from that of reverse mode by {:.2g} "
+    "of the norm. Use engine='auto'."
+)
+
+
+def _gap(reference: Tensor, found: Tensor) -> float:
+    return float((reference - found).double().norm() / reference.double().norm())
+
+
+def _agree(reference: Tensor, found: Tensor) -> bool:
+    """Equal to what rounding allows."""
+    gap, size = (reference - found).double().norm(), reference.double().norm()
+    return bool(gap <= 10 * torch.finfo(reference.dtype).eps ** 0.5 * size)
