@@ -43,7 +43,7 @@ class Engine:
       vectors go through them one by one or vectorised, whichever a short trial on the first batch,
       once per operator, finds faster.
 
-    Where the matrix is ``J^T M J``, ``J v`` comes from forward mode in all of these (but ``"vmap"``)
+    Where the matrix is ``J^T M J``, ``J v`` comes from forward mode in all of these but ``"vmap"``,
     from the second call on, if it agrees with reverse mode and the trial finds it faster.
 
     ``limit`` bytes bound what the graphs of a call hold at a time (by default a quarter of what is

@@ -190,12 +190,13 @@ class Problem:
             self._synchronise()
         with ExitStack() as stack:
             stack.enter_context(self.data.preserved())
-            stack.enter_context(state.evaluation(self.model, batchnorm=self.batchnorm))
+            members = state.Members.of(self.model)
+            stack.enter_context(state.evaluation(members, batchnorm=self.batchnorm))
             values = None if at is None else at.parameters
-            stack.enter_context(state.values_at(list(self.model.parameters()), values, copy=copy))
+            stack.enter_context(state.values_at(members.parameters, values, copy=copy))
             if at is not None:
                 with torch.no_grad():
-                    for buffer, value in zip(self.model.buffers(), at.buffers, strict=True):
+                    for buffer, value in zip(members.buffers, at.buffers, strict=True):
                         if not torch.equal(buffer, value):
                             buffer.copy_(value)
             yield

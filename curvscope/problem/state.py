@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import operator
 import random
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,57 +38,59 @@ def random_state() -> Iterator[None]:
         random.setstate(python_state)
 
 
-def members(model: nn.Module) -> tuple[list[nn.Module], list[nn.Parameter], list[Tensor]]:
-    """Modules, parameters and buffers, each once: in one walk, for sessions are opened often."""
-    modules = list(model.modules())
-    parameters = {id(p): p for m in modules for p in m._parameters.values() if p is not None}
-    buffers = {id(b): b for m in modules for b in m._buffers.values() if b is not None}
-    return modules, list(parameters.values()), list(buffers.values())
+class Members(NamedTuple):
+    """Modules, parameters and buffers of a model, each once."""
+
+    modules: list[nn.Module]
+    parameters: list[nn.Parameter]
+    buffers: list[Tensor]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Members:
+        """Found in one walk through the model: sessions are opened for every product."""
+        modules = list(model.modules())
+        parameters = {id(p): p for m in modules for p in m._parameters.values() if p is not None}
+        buffers = {id(b): b for m in modules for b in m._buffers.values() if b is not None}
+        return cls(modules, list(parameters.values()), list(buffers.values()))
 
 
 @contextmanager
-def module_state(model: nn.Module) -> Iterator[None]:
+def module_state(members: Members) -> Iterator[None]:
     """Put back flags, buffers, attributes and ``.grad`` of every module and parameter.
 
     Lists, dicts, sets and deques among the attributes get their old items back, tensors among
     them their old values.
     """
-    modules, parameters, buffers = members(model)
+    modules, parameters, buffers = members
     flags = [module.training for module in modules]  # no plain attribute of a scripted module
-    attributes = [dict(module.__dict__) for module in modules]
-    tracked = [
-        {name: dict(module.__dict__[name]) for name in _TRACKED if name in module.__dict__}
+    attributes = [(module.__dict__, dict(module.__dict__)) for module in modules]
+    tables = [
+        (table, dict(table))
+        for module, (_, own) in zip(modules, attributes, strict=True)
         if not isinstance(module, torch.jit.ScriptModule)
-        else {}
-        for module in modules
+        for table in map(own.get, _TRACKED)
+        if table is not None
     ]
-    plain = [value for own in attributes for name, value in own.items() if name not in _TRACKED]
+    plain = [v for _, own in attributes for name, v in own.items() if name not in _TRACKED]
     # most are empty (tables of hooks), which needs no copy
-    containers = [
-        (value, copy.copy(value) if value else ())
-        for value in plain
-        if isinstance(value, _CONTAINERS)
-    ]
-    tensors = [*buffers, *(value for value in plain if isinstance(value, Tensor))]
+    containers = [(v, copy.copy(v) if v else ()) for v in plain if isinstance(v, _CONTAINERS)]
+    tensors = [*buffers, *(v for v in plain if isinstance(v, Tensor))]
     values = [(t, t._version, t.detach().clone()) for t in tensors]
     gradients = [(p, p.grad) for p in parameters]
     try:
         yield
     finally:
-        for module, before, inner in zip(modules, attributes, tracked, strict=True):
-            now = module.__dict__
-            for name in [key for key in now if key not in before]:
-                del now[name]
-            for name, value in before.items():
-                if now.get(name, _MISSING) is not value:
-                    now[name] = value
-            for name, entries in inner.items():
-                current = now[name]
-                # by identity: comparing tensors would compare their entries
-                same = all(current.get(key, _MISSING) is value for key, value in entries.items())
-                if not same or list(current) != list(entries):
-                    current.clear()
-                    current.update(entries)
+        for now, before in attributes:
+            if not _identical(now, before):
+                for name in [key for key in now if key not in before]:
+                    del now[name]
+                for name, value in before.items():
+                    if now.get(name, _MISSING) is not value:
+                        now[name] = value
+        for table, entries in tables:
+            if not _identical(table, entries):
+                table.clear()
+                table.update(entries)
         for container, items in containers:
             if container or items:
                 _refill(container, items)
@@ -104,6 +107,15 @@ def module_state(model: nn.Module) -> Iterator[None]:
                 parameter.grad = gradient
 
 
+def _identical(left: dict[Any, Any], right: dict[Any, Any]) -> bool:
+    """The same keys in the same order with the very same values; tensors are not compared."""
+    return (
+        len(left) == len(right)
+        and list(left) == list(right)
+        and all(map(operator.is_, left.values(), right.values()))
+    )
+
+
 _CONTAINERS = (list, dict, set, deque)
 
 
@@ -114,7 +126,7 @@ def _refill(container: Any, items: Any) -> None:
         return
     if len(container) == len(items):
         if isinstance(items, dict):
-            if all(container.get(key, _MISSING) is value for key, value in items.items()):
+            if _identical(container, items):
                 return
         elif isinstance(items, set):
             if container == items:
@@ -163,7 +175,7 @@ def is_batch_norm(module: nn.Module) -> bool:
 
 
 @contextmanager
-def evaluation(model: nn.Module, *, batchnorm: str = "eval") -> Iterator[None]:
+def evaluation(members: Members, *, batchnorm: str = "eval") -> Iterator[None]:
     """Everything that holds while curvscope evaluates a model.
 
     ``eval()`` flags (BatchNorm in train mode under ``batchnorm="batch"``), gradients enabled,
@@ -172,14 +184,13 @@ def evaluation(model: nn.Module, *, batchnorm: str = "eval") -> Iterator[None]:
     """
     with ExitStack() as stack:
         stack.enter_context(random_state())
-        stack.enter_context(module_state(model))
-        modules, parameters, _ = members(model)
-        for device in {p.device.type for p in parameters}:
+        stack.enter_context(module_state(members))
+        for device in {p.device.type for p in members.parameters}:
             stack.enter_context(plain_mode(device))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(no_gradient_hooks(model))
-        stack.enter_context(differentiable(model))
-        for module in modules:
+        stack.enter_context(no_gradient_hooks(members.modules))
+        stack.enter_context(differentiable(members.modules))
+        for module in members.modules:
             # not module.train(): a user's train() override may do more than set the flag
             module.training = batchnorm == "batch" and is_batch_norm(module)
         yield

@@ -7,7 +7,7 @@ taken by ``torch.autograd.grad``) would be refused by torch, or silently be wron
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 
 @contextmanager
-def differentiable(model: nn.Module) -> Iterator[None]:
+def differentiable(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Kernels and wrappers of torch that can be differentiated twice, instead of faster twins.
 
     Attributes of modules are changed as well; ``state.module_state`` puts them back.
@@ -34,9 +34,9 @@ def differentiable(model: nn.Module) -> Iterator[None]:
         if "torch._dynamo" in sys.modules:
             # compiled code has no double backward
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        if has_weight_norm(model):
+        if has_weight_norm(modules):
             stack.enter_context(_WeightNorm())
-        for module in model.modules():
+        for module in modules:
             if isinstance(module, nn.RNNBase):
                 # the cuDNN kernels have neither a double backward nor a backward in eval mode
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
@@ -46,13 +46,12 @@ def differentiable(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def no_gradient_hooks(model: nn.Module) -> Iterator[None]:
+def no_gradient_hooks(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Switch off hooks on gradients: they belong to training and may change what they see.
 
     Clipping or masking in a hook would otherwise end up in the curvature; hooks that count or log
     would be called many times.
     """
-    modules = list(model.modules())
     tables = [p._backward_hooks for m in modules for p in m._parameters.values() if p is not None]
     for module in modules:
         tables += [module._backward_hooks, module._backward_pre_hooks]
@@ -116,10 +115,10 @@ def _written_out(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
-def has_weight_norm(model: nn.Module) -> bool:
+def has_weight_norm(modules: Sequence[nn.Module]) -> bool:
     """Whether ``weight_norm`` (as parametrization or as hook) is on one of the layers."""
     return any(
         isinstance(module, parametrizations._WeightNorm)
         or any(isinstance(hook, WeightNorm) for hook in module._forward_pre_hooks.values())
-        for module in model.modules()
+        for module in modules
     )
