@@ -3,6 +3,11 @@
 :func:`plot` picks the picture by the type of what it is given, which is what ``result.plot()``
 calls; the functions beside it draw one kind of picture each. They need no display, change no
 setting of matplotlib, and import it only when they are called.
+
+Without ``ax=`` a picture gets a figure of its own. In a notebook or at a prompt it is shown as
+figures of ``pyplot`` are; in a script it is a plain figure that goes when it is no longer used:
+``result.plot().figure.savefig("file.png")``, or ``result.plot(ax=plt.gca())`` to show it in a
+window.
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ from typing import Any
 from .errors import OptionError, check_option
 from .operators import Operator
 from .plotting.bars import plot_comparison, plot_cost
+from .plotting.checks import plot_verification
 from .plotting.coverage import plot_coverage
 from .plotting.discs import plot_fourier, plot_gershgorin, plot_scree
 from .plotting.matrices import plot_blocks, plot_factors, plot_matrix
@@ -35,6 +41,7 @@ __all__ = [
     "plot_matrix",
     "plot_scree",
     "plot_spectra",
+    "plot_verification",
     "style",
 ]
 
@@ -50,6 +57,7 @@ _KINDS: dict[str, dict[str, Callable[..., Any]]] = {
         "fourier": plot_fourier,
     },
     "Coverage": {"matrix": plot_coverage},
+    "Verification": {"checks": plot_verification},
 }
 
 

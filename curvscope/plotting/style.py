@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -96,9 +98,7 @@ def axes_for(ax: Axes | None, *, width: float = 6.0, height: float = 3.4) -> Axe
     """``ax`` itself, or the axes of a new figure of that size in inches."""
     if ax is not None:
         return ax
-    import matplotlib.pyplot as plt
-
-    return plt.subplots(figsize=(width, height), layout="constrained")[1]
+    return new_figure(width, height).subplots()
 
 
 def axes_row(axes: Sequence[Axes] | None, count: int, *, side: float = 2.6) -> list[Axes]:
@@ -110,11 +110,36 @@ def axes_row(axes: Sequence[Axes] | None, count: int, *, side: float = 2.6) -> l
 
             raise OptionError(f"axes= holds {len(given)} axes; this figure needs {count}.")
         return given[:count]
-    import matplotlib.pyplot as plt
+    return list(new_figure(side * count + 0.8, side + 0.5).subplots(1, count, squeeze=False)[0])
 
-    size = (side * count + 0.8, side + 0.5)
-    _, made = plt.subplots(1, count, figsize=size, layout="constrained", squeeze=False)
-    return list(made[0])
+
+def new_figure(width: float, height: float) -> Figure:
+    """A figure of that size in inches.
+
+    ``pyplot`` holds on to its figures until they are closed, so it makes them only where somebody
+    sits in front and wants to see them: in a notebook or at a prompt.
+    """
+    if _interactive():
+        import matplotlib.pyplot as plt
+
+        return plt.figure(figsize=(width, height), layout="constrained")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _interactive() -> bool:
+    import matplotlib
+
+    shell = sys.modules.get("IPython")
+    return (
+        hasattr(sys, "ps1")
+        or matplotlib.is_interactive()
+        or (shell is not None and shell.get_ipython() is not None)
+    )
 
 
 def colours(names: Sequence[str], *, exact: int = 1) -> dict[str, str]:

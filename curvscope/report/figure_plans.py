@@ -15,8 +15,10 @@ from ..plot import (
     plot_coverage,
     plot_diagonal_shares,
     plot_factors,
+    plot_fourier,
     plot_gershgorin,
     plot_spectra,
+    plot_verification,
 )
 from .approximations import BEST
 from .findings import DENSE_ROWS, Findings, block_operators
@@ -51,8 +53,9 @@ def plans(found: Findings) -> list[Plan]:
             _factors(found, block, side),
             _discs(found, block),
             _bands(found, block),
+            _fourier(found, block),
         ]
-    return [*result, _coverage(found), _cost(found)]
+    return [*result, _coverage(found), _checks(found), _cost(found)]
 
 
 # -- over all layers -----------------------------------------------------------------------------
@@ -118,6 +121,21 @@ def _coverage(found: Findings) -> Plan:
         "Which method covers which parameter, and which exact blocks need the slow route.",
         (2.6 + 0.27 * len(result.methods), 1.6 + 0.2 * len(result.parameters)),
         lambda f: _void(plot_coverage(result, ax=f.subplots())),
+    )
+
+
+def _checks(found: Findings) -> Plan:
+    result = found.verification
+    return Plan(
+        "checks",
+        "",
+        "For every check of the problem the measured difference beside its tolerance; the table "
+        "below has the numbers and says what was found.",
+        "What each check measured (mark) and what it tolerates (tick), on a logarithmic axis. A "
+        "mark to the left of its tick has passed; open marks at the edge are exactly zero.",
+        (7.2, 1.3 + 0.21 * len(result.checks) if result else 1.0),
+        lambda f: _void(plot_verification(result, ax=f.subplots())) if result else None,
+        reason="" if result else "Verification was not asked for.",
     )
 
 
@@ -299,6 +317,32 @@ def _bands(found: Findings, block: str) -> Plan:
         (6.4, 3.1),
         lambda f: _void(plot_bands(named, ax=f.subplots())),
         reason="" if named else "The block is too large to be formed, so its bands are not known.",
+    )
+
+
+def _fourier(found: Findings, block: str) -> Plan:
+    named: dict[str, Any] = {}
+    if block in found.blocks:
+        named["exact block"] = found.blocks[block]
+    named |= {f"factor {name}": one for name, one in found.factors.get(block, {}).items()}
+    named = {name: one for name, one in named.items() if one.fourier.numel() and one.fourier.any()}
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots(1, len(named), squeeze=False)[0]
+        for ax, (name, one) in zip(axes, named.items(), strict=True):
+            plot_fourier(one, ax=ax, title=name)
+
+    return Plan(
+        "fourier",
+        block,
+        f"Two-dimensional Fourier spectra of {block}, zero frequency in the middle: "
+        f"{', '.join(named)}.",
+        "Magnitude of the two-dimensional Fourier transform. A diagonal matrix has all of it on "
+        "the falling diagonal, where the two frequencies cancel; lines along the axes through the "
+        "middle are rows and columns that are large as a whole.",
+        (3.3 * max(len(named), 1), 3.0),
+        draw,
+        reason="" if named else f"The Fourier spectra of {block} were not computed.",
     )
 
 

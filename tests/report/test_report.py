@@ -306,8 +306,10 @@ def test_figures_come_as_svg_and_png(paths: ReportPaths, document: dict) -> None
         "factors",
         "discs",
         "bands",
+        "fourier",
         "concentration",
         "coverage",
+        "checks",
         "cost",
     }
 
