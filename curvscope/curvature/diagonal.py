@@ -34,11 +34,22 @@ _KINDS = {"hessian": HESSIAN, "ggn": GGN, "fisher": FISHER, "empirical_fisher": 
 
 @plain_mode()
 def exact_diagonal(problem: Problem, matrix: str = "ggn") -> BlockDiagonalOperator:
-    """The exact diagonal of the ``"hessian"``, ``"ggn"``, ``"fisher"`` or ``"empirical_fisher"``.
+    """The exact diagonal ``[P]`` of a matrix: ``"hessian"``, ``"ggn"``, ``"fisher"`` or
+    ``"empirical_fisher"``.
 
-    Gauss-Newton and Fisher diagonals are sums of squared gradients and never form a block: one
-    backward pass per output. Others come from the exact blocks. Of all diagonal matrices it is the
-    nearest to the exact one.
+    Of all diagonal matrices it is the nearest to the exact one. Gauss-Newton and Fisher diagonals
+    are sums of squared gradients and never form a block; the Hessian's come from its blocks.
+
+    Cost: one backward pass per output; for the Hessian, and for blocks that only autograd covers,
+    that of the blocks.
+
+    Raises ``OptionError`` for an unknown ``matrix``, ``UnsupportedLossError`` for the Fisher of a
+    loss that is no log-likelihood, ``MemoryLimitError`` where a block has to be formed and does
+    not fit, and the errors of the problem itself (``DataError``,
+    ``NonFiniteError``, ``NonDeterministicError``).
+
+    Source: the definition; by squares of back-propagated vectors as in Dangel, Kunstner and Hennig
+    2020, section 2.3.
     """
     check_option("matrix", matrix, _KINDS)
     kind = Kind(_KINDS[matrix])
@@ -96,15 +107,26 @@ def hutchinson_diagonal(
     spatial: bool = False,
     matrix: str = "hessian",
 ) -> BlockDiagonalOperator:
-    """Hutchinson's estimate of the Hessian's diagonal, ``mean_k z_k * (H z_k)`` (AdaHessian).
+    """Hutchinson's estimate of the Hessian's diagonal ``[P]``, ``mean_k z_k * (H z_k)``.
 
-    ``z`` has independent +-1 entries, drawn with ``seed``; the estimate is unbiased with variance
-    ``sum_{j != i} H_ij^2`` per probe (Bekas, Kokiopoulou and Saad 2007). The returned operator has
-    ``.stderr`` ``[P]``, the standard error of each entry from the spread over probes (NaN for one
-    probe), and ``.probes``. ``spatial=True`` averages convolution weights over their kernel
-    positions, as AdaHessian does; the estimate is then biased.
+    ``z_k`` has independent +-1 entries, drawn with ``seed``; the estimate is unbiased with variance
+    ``sum_{j != i} H_ij^2`` per probe. ``.stderr`` ``[P]`` of the result is the standard error of
+    each entry from the spread over probes (NaN for one probe). ``matrix`` may also be ``"ggn"``,
+    ``"fisher"`` or ``"empirical_fisher"``.
+
+    ``spatial=True`` averages each probe's entries of convolution weights over the kernel positions,
+    as AdaHessian does; the estimate is then biased.
 
     Cost: one product with the matrix per probe.
+
+    Raises ``OptionError`` for ``probes`` below one or an unknown ``matrix``,
+    ``UnsupportedLossError`` for the Fisher of a loss that is no log-likelihood,
+    ``UnsupportedLayerError`` for an operation without second derivative, and
+    the errors of the problem itself (``DataError``,
+    ``NonFiniteError``, ``NonDeterministicError``).
+
+    Source: Bekas, Kokiopoulou and Saad 2007, section 2; Yao et al. 2021 (AdaHessian), eq. 7 and,
+    for ``spatial``, section 3.2.
     """
     check_option("matrix", matrix, _KINDS)
     if not isinstance(probes, int) or probes < 1:
@@ -162,14 +184,24 @@ def diagonal_kf(
     seed: int = 0,
     uncovered: str = "raise",
 ) -> BlockDiagonalOperator:
-    """Diagonal Kronecker factors, ``diag(S_D) (x) diag(H_D)`` per layer (AdaFisher).
+    """Diagonal Kronecker factors, ``diag(s) (x) diag(h)`` per layer (AdaFisher's form).
 
     ``scale="curvature"`` takes the diagonals of K-FAC's factors (expand), so that the product
     approximates the block of the objective. ``scale="adafisher"`` takes AdaFisher's own: means over
     all rows of ``a_j^2`` and of ``s_i^2`` with ``s`` the gradient of the mean loss at the observed
-    labels, and its rule for normalisation layers (Gomes et al. 2025, section 3 and appendix A).
-    ``normalise="minmax"`` maps both vectors to [0, 1] as AdaFisher does before it uses them (its
-    scale is then that of AdaFisher).
+    labels, and its rule for normalisation layers. ``normalise="minmax"`` maps both vectors to
+    [0, 1] as AdaFisher does before it uses them (its scale is then that of AdaFisher), with the
+    extremes of all groups of a grouped convolution together. ``fisher``, ``samples``, ``seed`` and
+    ``uncovered`` are those of :func:`~curvscope.kfac`.
+
+    Cost: per batch one forward pass and one backward pass (``fisher="exact"``: one per output).
+
+    Raises ``OptionError`` for unknown options and for AdaFisher's factors with other than the
+    observed labels, ``UnsupportedLossError`` for a loss that is no log-likelihood (unless
+    ``"empirical"``), and the errors of the problem itself (``DataError``,
+    ``NonFiniteError``, ``NonDeterministicError``).
+
+    Source: Martins Gomes et al. 2025 (AdaFisher), section 3 and appendix A.
     """
     check_option("normalise", normalise, (None, "minmax"))
     check_option("scale", scale, ("curvature", "adafisher"))

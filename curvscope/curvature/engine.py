@@ -146,25 +146,37 @@ class Engine:
                 yield select(inputs, index, samples), select(targets, index, samples)
 
     def _measure(self, inputs: Any, targets: Any) -> None:
-        """How large graphs are, from that of a few samples, and into how many parts to cut."""
+        """How large graphs are, from those of a few samples, and into how many parts to cut."""
         assert self.limit is not None
         samples = sample_count(inputs, targets)
-        few = samples if self.facts.coupled else max(1, samples // 8)
-        index = torch.arange(few)
-        part = select(inputs, index, samples), select(targets, index, samples)
-        graph = self._graph(*part, 1, self.kind.generator())
-        per_sample = graph_bytes(graph.roots(), self.parameters) / few
-        del graph
-        fits = int(self.limit / max(per_sample, 1.0))
-        if fits < (samples if self.facts.coupled else 1):
-            unit = "batch, whose samples are coupled," if self.facts.coupled else "single sample"
-            needed = int(per_sample * (samples if self.facts.coupled else 1))
-            raise MemoryLimitError(
-                f"The graph of a {unit} takes {memory.format_bytes(needed)}, more than "
-                f"memory={self.limit} bytes. Raise memory=, or ask for single blocks."
+        coupled = self.facts.coupled
+
+        def size(count: int) -> int:
+            index = torch.arange(count)
+            part = select(inputs, index, samples), select(targets, index, samples)
+            return graph_bytes(
+                self._graph(*part, 1, self.kind.generator()).roots(), self.parameters
             )
+
+        few = max(1, samples // 8)
+        more = min(samples, 2 * few)
+        # what does not depend on the samples, and what each of them adds
+        small, large = (size(samples), 0) if coupled else (size(few), size(more))
+        each = (large - small) / (more - few) if not coupled and more > few else float(small)
+        fixed = max(small - few * each, 0.0) if not coupled and more > few else 0.0
+        fits = int((self.limit - fixed) / max(each, 1.0))
+        if fits < 1:
+            unit = "batch, whose samples are coupled," if coupled else "single sample"
+            needed = int(fixed + each)
+            raise MemoryLimitError(
+                f"The graph of a {unit} takes {memory.format_bytes(needed)} ({needed} bytes), more "
+                f"than memory={self.limit} bytes. Raise memory=, or ask for single blocks."
+            )
+        if coupled:
+            self._bytes = small
+            return
         self._pieces = -(-samples // fits)
-        self._bytes = int(per_sample * -(-samples // self._pieces))
+        self._bytes = int(fixed + each * -(-samples // self._pieces))
 
     def _graph(
         self, inputs: Any, targets: Any, count: int, generator: torch.Generator

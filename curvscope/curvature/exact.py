@@ -83,16 +83,29 @@ def _last_samples(problem: Problem, inputs: Any, samples: int) -> tuple[Tensor, 
 def hessian(
     problem: Problem, *, route: str = "auto", engine: str = "auto", memory: int | None = None
 ) -> WholeOperator:
-    """The Hessian ``d^2 f / d theta^2`` ``[P, P]``, whole and by block.
+    """The Hessian ``d^2 f / d theta^2`` ``[P, P]`` of the objective, whole and by block.
 
-    Blocks of layers that only piecewise linear operations follow equal the Gauss-Newton block and
-    are computed as such; Linear layers in other nets by ``sum_n H_n (x) a_n a_n^T``; everything
-    else by double backward, column by column. ``route`` forces ``"gram"``, ``"rows"`` or
-    ``"autograd"`` (``UnsupportedLayerError`` where that is not valid).
+    Returns an operator with lazy ``.blocks``, each computed at first access by the cheapest valid
+    route (its ``info.route``): layers that only piecewise linear operations follow have their
+    Gauss-Newton block; Linear layers in other nets ``(1/M) sum_n H_n (x) a_n a_n^T`` with ``H_n``
+    the Hessian of sample n's loss in the layer's output; everything else comes from double
+    backward. ``route`` forces ``"gram"``, ``"rows"`` or ``"autograd"``.
 
     ``engine`` says how products ``op @ V`` are computed and ``memory`` bounds, in bytes, what
     their graphs hold: see :class:`~curvscope.curvature.engine.Engine`. Both are the same for the
     other matrices.
+
+    Cost: nothing until used. A product takes two backward passes over the data per column. A block
+    takes one backward pass per output (gram), one double backward pass per output unit and position
+    of the layer (rows), or one product per parameter (autograd).
+
+    Raises ``OptionError`` for an unknown route; at first use ``UnsupportedLayerError`` where a
+    forced route is not valid or an operation has no second derivative, ``MemoryLimitError`` before
+    a matrix that does not fit is formed, and the errors of the problem itself (``DataError``,
+    ``NonFiniteError``, ``NonDeterministicError``).
+
+    Source: Pearlmutter 1994 for products by double differentiation; Botev, Ritter and Barber 2017,
+    eq. 6, for ``H_n (x) a_n a_n^T``.
     """
     if route == "backpack":
         raise OptionError("BackPACK has no full Hessian block; use cs.backpack.diag_hessian.")
@@ -102,11 +115,20 @@ def hessian(
 def ggn(
     problem: Problem, *, route: str = "auto", engine: str = "auto", memory: int | None = None
 ) -> WholeOperator:
-    """Generalised Gauss-Newton ``(1/M) sum_m J_m^T (d^2 l_m/dz^2) J_m`` (Schraudolph 2002).
+    """The generalised Gauss-Newton ``(1/M) sum_m J_m^T (d^2 l_m/dz_m^2) J_m`` ``[P, P]``.
 
-    Positive semi-definite for convex losses. Blocks come as ``V V^T`` in one backward pass per
-    output (factored for Linear layers), else by double backward. ``route="backpack"`` takes
-    BackPACK's ``SqrtGGNExact``.
+    ``J_m`` is the Jacobian of term m's outputs ``z_m`` in the parameters. It is positive
+    semi-definite where the loss is convex in the outputs. Blocks are ``V V^T`` (factored for layers
+    too large to form) where samples do not couple, else from double backward.
+    ``route="backpack"`` takes BackPACK's ``SqrtGGNExact``; the other options are those of
+    :func:`hessian`.
+
+    Cost: nothing until used. All blocks together take one backward pass per output of a sample; a
+    product takes three passes per column.
+
+    Raises what :func:`hessian` raises, and ``BackpackError`` for what BackPACK cannot do.
+
+    Source: Schraudolph 2002; Martens 2020, section 8.
     """
     return _make(problem, Kind(GGN), route, engine, memory)
 
@@ -120,11 +142,20 @@ def fisher(
     engine: str = "auto",
     memory: int | None = None,
 ) -> WholeOperator:
-    """The Fisher information ``(1/M) sum_m c_m E_{y~p}[grad log p(y) grad log p(y)^T]``.
+    """The Fisher information ``(1/M) sum_m c_m E_{y~p}[grad log p(y) grad log p(y)^T]`` ``[P, P]``.
 
+    ``p`` is the model's own distribution of labels and ``c_m`` the weight of term m.
     ``samples=None`` takes the expectation exactly (it then equals the GGN); ``samples=n`` draws n
-    labels per term from the model (Martens 2020, section 5). Raises ``UnsupportedLossError`` for a
-    loss that is no log-likelihood.
+    labels per term with ``seed``, which is unbiased. The other options are those of
+    :func:`hessian`.
+
+    Cost: nothing until used. One backward pass per output (exact) or per drawn label for all
+    blocks; three passes per product and column.
+
+    Raises ``UnsupportedLossError`` for a loss that is no log-likelihood, ``OptionError`` for
+    ``samples`` below one, and what :func:`hessian` raises.
+
+    Source: Martens 2020, section 5, the Fisher of the model's predictive distribution.
     """
     if samples is not None and (not isinstance(samples, int) or samples < 1):
         raise OptionError(f"samples={samples!r} must be None (exact) or a positive integer.")
@@ -141,11 +172,19 @@ def empirical_fisher(
     engine: str = "auto",
     memory: int | None = None,
 ) -> WholeOperator:
-    """``(1/M) sum_n g_n g_n^T`` with the gradients at the observed labels. Not the Fisher.
+    """The empirical Fisher ``(1/M) sum_n g_n g_n^T`` ``[P, P]``, which is not the Fisher.
 
-    ``g_n`` is the gradient of sample n's summed terms, each scaled by ``1/sqrt(c_m)`` so that a
-    class weight of 2 is the same as duplication; ``per="term"`` takes tokens or pixels one by one
-    (Kunstner, Balles and Hennig 2019).
+    ``g_n`` is the gradient of sample n's summed terms at the observed labels, each term scaled by
+    ``1/sqrt(c_m)`` so that a class weight of 2 is the same as duplication; ``per="term"`` takes
+    tokens or pixels one by one. The other options are those of :func:`hessian`.
+
+    Cost: nothing until used. One backward pass for all blocks (``per="term"``: one per position);
+    three passes per product and column.
+
+    Raises ``DataError`` where the outputs of a sample cannot be told apart from another's,
+    ``OptionError`` for unknown options, and what :func:`hessian` raises.
+
+    Source: Kunstner, Balles and Hennig 2019, eq. 3, who say why it is not the Fisher.
     """
     check_option("per", per, ("sample", "term"))
     return _make(problem, Kind(EMPIRICAL, per=per), route, engine, memory)

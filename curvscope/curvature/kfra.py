@@ -29,17 +29,25 @@ _LENGTHS = (
 
 @plain_mode()
 def kfra(problem: Problem, *, uncovered: str = "raise") -> BlockDiagonalOperator:
-    """KFRA: ``G`` by a recursion of averages from the last layer to the first.
+    """KFRA: ``G (x) A`` with ``G`` by a recursion of averages from the last layer to the first.
 
     With ``z_l`` the output of layer l (all positions together) and ``J_n = dz_{l+1}/dz_l`` of
     sample n, ``Q_l = (1/N) sum_n J_n^T Q_{l+1} J_n``, started with the mean Hessian of the loss in
-    the outputs; ``G_l`` is the sum of ``Q_l`` over positions and ``A_l`` is K-FAC's. For Linear
-    layers with elementwise activations this is eq. 19 of the paper. One sample makes it exact.
+    the outputs; ``G_l`` is the sum of ``Q_l`` over positions and ``A_l`` is that of
+    :func:`~curvscope.kfac`, as is ``uncovered``. On one sample it is exact.
 
     Only defined for chains, in which each layer's output reaches the loss through the next layer
-    alone: residual connections and layers that are used twice raise ``UnsupportedLayerError``.
+    alone.
+
     Cost: as many backward passes between two layers as the later one has outputs, and a matrix of
     that size squared.
+
+    Raises ``UnsupportedLayerError`` for residual connections, layers that are used twice, and
+    paths that change from batch to batch; ``MemoryLimitError`` for outputs too large to square;
+    the errors of the problem itself (``DataError``,
+    ``NonFiniteError``, ``NonDeterministicError``).
+
+    Source: Botev, Ritter and Barber 2017, eq. 19, for Linear layers with elementwise activations.
     """
     start = time.perf_counter()
     kind = Kind(GGN)

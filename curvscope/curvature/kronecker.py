@@ -268,15 +268,26 @@ def kfac(
     seed: int = 0,
     uncovered: str = "raise",
 ) -> BlockDiagonalOperator:
-    """K-FAC: ``G (x) A`` per Linear and convolution layer (Martens and Grosse 2015, eq. 1;
-    Grosse and Martens 2016 for convolutions, where ``expand`` is KFC).
+    """K-FAC: ``G (x) A`` ``[out * in, out * in]`` for every Linear and convolution layer.
 
-    ``fisher`` says which labels the output gradients use: the exact expectation, ``"mc"``
-    (``samples`` labels per term drawn with ``seed``) or ``"empirical"`` (the observed ones).
-    ``sharing``: see the module. Blocks without factors are listed in ``op.uncovered``, with reasons
-    in ``op.info.settings["uncovered"]``. Cost: one backward pass per output (exact), per
-    sample
-    (mc), or one.
+    ``A`` is the second moment of the layer's input rows, ``G`` that of the loss's gradients in its
+    output rows; definitions and ``sharing`` are at the top of the module. ``fisher`` says which
+    labels the gradients use: the exact expectation, ``"mc"`` (``samples`` labels per term drawn
+    with ``seed``) or ``"empirical"`` (the observed ones).
+
+    Blocks without factors are in ``op.uncovered``, with reasons in
+    ``op.info.settings["uncovered"]``; products then raise ``UncoveredError`` unless
+    ``uncovered="zero"``.
+
+    Cost: per batch one forward pass and one backward pass per output (exact), per drawn label
+    (mc), or one (empirical); ``O(rows * (out^2 + in^2))`` for the moments.
+
+    Raises ``OptionError`` for unknown options, ``UnsupportedLossError`` for a loss that is no
+    log-likelihood (unless ``"empirical"``), and the errors of the problem itself (``DataError``,
+    ``NonFiniteError``, ``NonDeterministicError``).
+
+    Source: Martens and Grosse 2015, eq. 1; for convolutions Grosse and Martens 2016, section 3
+    (KFC, here ``"expand"``); for shared weights Eschenhagen et al. 2023, section 3.
     """
     check_option("sharing", sharing, ("expand", "reduce"))
     kind = label_kind(problem, fisher, seed, samples)
@@ -294,10 +305,20 @@ def kfac(
 def kflr(
     problem: Problem, *, sharing: str = "expand", uncovered: str = "raise"
 ) -> BlockDiagonalOperator:
-    """KFLR: K-FAC with ``G`` from the exact Hessian of the loss in the outputs (Botev et al. 2017).
+    """KFLR: K-FAC with ``G`` from the exact Hessian of the loss in the outputs.
 
-    Defined for any loss that is convex in the outputs; for log-likelihoods it is K-FAC with the
-    exact Fisher. Raises ``UnsupportedLossError`` for a loss that is not convex.
+    ``G = (1/M) sum_{n,t} J_nt^T (d^2 l/dz^2) J_nt`` with ``J_nt`` the Jacobian of the outputs in
+    the layer's output row, ``A`` as for :func:`kfac`, whose ``sharing`` and ``uncovered`` it has.
+    Defined for any loss that is convex in the outputs; for log-likelihoods it equals K-FAC with
+    the exact Fisher.
+
+    Cost: per batch one forward pass and one backward pass per output.
+
+    Raises ``UnsupportedLossError`` for a loss that is not convex in the outputs, ``OptionError``
+    for unknown options, and the errors of the problem itself (``DataError``,
+    ``NonFiniteError``, ``NonDeterministicError``).
+
+    Source: Botev, Ritter and Barber 2017, section 4 (there for Linear layers).
     """
     check_option("sharing", sharing, ("expand", "reduce"))
     kind = Kind(GGN)
@@ -313,9 +334,19 @@ def kflr(
 def foof(
     problem: Problem, *, sharing: str = "expand", scaled: bool = False, uncovered: str = "raise"
 ) -> BlockDiagonalOperator:
-    """FOOF: the input factor alone, ``I (x) A`` (Benzing 2022, section 4). No backward pass.
+    """FOOF: the input factor alone, ``I (x) A``, with ``A`` as for :func:`kfac`.
 
     ``scaled=True`` puts ``(tr G / out) I`` in place of ``I``, so that the trace is K-FAC's.
+    ``sharing`` and ``uncovered`` are those of :func:`kfac`.
+
+    Cost: one forward pass per batch and no backward pass; ``scaled=True`` costs what
+    :func:`kflr` does.
+
+    Raises ``OptionError`` for unknown options, ``UnsupportedLossError`` for ``scaled=True`` with a
+    loss that is not convex in the outputs, and the errors of the problem itself (``DataError``,
+    ``NonFiniteError``, ``NonDeterministicError``).
+
+    Source: Benzing 2022, section 4.
     """
     check_option("sharing", sharing, ("expand", "reduce"))
     kind = Kind(GGN)
@@ -341,11 +372,19 @@ def ekfac(
     seed: int = 0,
     uncovered: str = "raise",
 ) -> BlockDiagonalOperator:
-    """EKFAC: K-FAC's eigenbasis with the exact second moments in it (George et al. 2018, eq. 8).
+    """EKFAC: K-FAC's eigenbasis with the exact second moments in it.
 
-    The eigenvalue for ``u_i (x) v_j`` is ``(1/M) sum_n E_y[(sum_t u_i^T g_nt a_nt^T v_j)^2]``:
-    with shared weights the sum over positions comes before the square. Of all matrices with
-    this eigenbasis it is the nearest to the Fisher block in Frobenius norm.
+    With ``u_i`` and ``v_j`` the eigenvectors of K-FAC's ``G`` and ``A``, the eigenvalue for
+    ``u_i (x) v_j`` is ``(1/M) sum_n E_y[(sum_t u_i^T g_nt a_nt^T v_j)^2]``: with shared weights the
+    sum over positions comes before the square. Of all matrices with this eigenbasis it is the
+    nearest to the Fisher block in Frobenius norm. The options are those of :func:`kfac`.
+
+    Cost: twice the passes of :func:`kfac`, and the eigen-decompositions of its factors,
+    ``O(out^3 + in^3)`` per layer.
+
+    Raises what :func:`kfac` raises.
+
+    Source: George et al. 2018, section 3 (the diagonal of eq. 8 in the Kronecker eigenbasis).
     """
     base = kfac(problem, fisher=fisher, sharing=sharing, samples=samples, seed=seed)
     kind = label_kind(problem, fisher, seed, samples)

@@ -1,0 +1,371 @@
+"""How products are computed changes nothing about their values."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import curvscope as cs
+from curvscope import errors
+from curvscope.curvature import engine as engine_module
+from curvscope.curvature.engine import ENGINES, Engine
+from curvscope.curvature.graphs import HessianGraph, graph_bytes
+from curvscope.curvature.whole import WholeOperator
+
+from .nets import seeded
+
+MATRICES: dict[str, Callable[..., WholeOperator]] = {
+    "hessian": cs.hessian,
+    "ggn": cs.ggn,
+    "fisher": cs.fisher,
+    "sampled": lambda problem, **options: cs.fisher(problem, samples=3, seed=4, **options),
+    "empirical": cs.empirical_fisher,
+    "per term": lambda problem, **options: cs.empirical_fisher(problem, per="term", **options),
+}
+
+
+def smooth(dtype: torch.dtype = torch.float64) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 3, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(48, 5), nn.Sigmoid(),
+        nn.Linear(5, 4),
+    ).to(dtype)  # fmt: skip
+
+
+def batches(count: int = 3, dtype: torch.dtype = torch.float64) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    sizes = [7, 5, 3, 6, 4, 2][:count]
+    return [
+        (
+            torch.randn(n, 1, 4, 4, generator=generator, dtype=dtype),
+            torch.randint(4, (n,), generator=generator),
+        )
+        for n in sizes
+    ]
+
+
+def problem_of(model: nn.Module | None = None, **options: Any) -> cs.Problem:
+    return cs.Problem(model or smooth(), nn.CrossEntropyLoss(), batches(), **options)
+
+
+def columns(problem: cs.Problem, count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(problem.layout.numel, count, generator=generator, dtype=problem.dtype)
+
+
+def gap(found: Tensor, truth: Tensor) -> float:
+    return float((found - truth).norm() / truth.norm())
+
+
+@pytest.mark.parametrize("mode", ENGINES)
+@pytest.mark.parametrize("name", MATRICES)
+def test_all_engines_agree_with_the_dense_matrix(name: str, mode: str) -> None:
+    problem = problem_of()
+    dense = MATRICES[name](problem).dense()
+    op = MATRICES[name](problem, engine=mode)
+    for count in (1, 2, 6):
+        V = columns(problem, count)
+        for _ in range(3):  # graphs are kept, and forward mode tried, from the second on
+            assert gap(op @ V, dense @ V) < 1e-12
+    assert gap(op @ V[:, 0], dense @ V[:, 0]) < 1e-12
+    assert op.info.settings["engine"]
+
+
+@pytest.mark.parametrize("mode", ["auto", "retained", "fresh"])
+def test_blocks_and_sides(mode: str) -> None:
+    problem = problem_of()
+    truth = cs.hessian(problem, route="autograd").blocks["3"].dense()
+    block = cs.hessian(problem, route="autograd", engine=mode).blocks["3"]
+    V = columns(problem, 5)[: block.shape[0]]
+    for _ in range(2):
+        assert gap(block @ V, truth @ V) < 1e-12
+
+
+@pytest.mark.parametrize("mode", ["auto", "retained"])
+@pytest.mark.parametrize("name", ["hessian", "ggn"])
+def test_kept_graphs_survive_training_on(name: str, mode: str) -> None:
+    """The operator stays at its parameters, whatever the optimizer does to the model."""
+    layers = (nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 4))
+    model = seeded(lambda: nn.Sequential(*layers))
+    problem = problem_of(model)
+    dense = MATRICES[name](problem).dense()
+    op = MATRICES[name](problem, engine=mode)
+    v = columns(problem, 2)
+    op @ v
+    op @ v
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    for change in ("step", "data", "train mode"):
+        if change == "step":
+            problem_loss = nn.functional.cross_entropy(model(batches()[0][0]), batches()[0][1])
+            problem_loss.backward()
+            optimizer.step()
+        elif change == "data":
+            for p in model.parameters():
+                p.data.mul_(1.5)
+        else:
+            model.train()
+            model(batches()[0][0])
+        values = [p.detach().clone() for p in model.parameters()]
+        for _ in range(2):
+            assert gap(op @ v, dense @ v) < 1e-12, change
+        assert all(torch.equal(p, x) for p, x in zip(model.parameters(), values, strict=True))
+    fresh = MATRICES[name](problem, engine="fresh") @ v
+    assert gap(fresh, dense @ v) > 1e-3  # what trained on is another matrix
+
+
+def test_graphs_are_kept_from_the_second_call_on() -> None:
+    problem = problem_of()
+    op = cs.hessian(problem)
+    v = columns(problem, 1)
+    op @ v
+    assert op._engine is not None and op._engine._kept is None
+    op @ v
+    kept = op._engine._kept
+    assert kept is not None and len(kept) == 3
+    assert op.info.settings["engine"] == "retained graphs"
+    op @ v
+    assert op._engine._kept is kept
+    twin = copy.deepcopy(op)
+    assert gap(twin @ v, op @ v) < 1e-14
+    op.release()
+    assert op._engine is None
+    assert gap(op @ v, twin @ v) < 1e-14
+
+
+def test_nothing_is_kept_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = problem_of()
+    v = columns(problem, 1)
+    op = cs.hessian(problem)
+    op @ v
+    monkeypatch.setattr(engine_module.memory, "available_bytes", lambda device: 1000)
+    op @ v
+    assert op._engine is not None and op._engine._kept is None
+    assert op.info.settings["engine"] == "a fresh graph per batch"
+    forced = cs.hessian(problem, engine="retained")
+    with pytest.raises(errors.MemoryLimitError, match="engine='auto'"):
+        for _ in range(2):
+            forced.release()
+            forced._engine = None
+            engine = Engine(problem, forced.kind, forced.parameters, forced.at, mode="retained")
+            engine._bytes = 10**6
+            engine.product(v)
+
+
+class Counting(nn.Module):
+    """Notes the batch sizes that it sees."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.seen: list[int] = []
+        self.noted = Note(self.seen)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.noted(len(x))
+        return self.inner(x)
+
+
+class Note:
+    def __init__(self, seen: list[int]) -> None:
+        self.call = seen.append
+
+    def __call__(self, count: int) -> None:
+        NOTES.append(count)
+
+
+NOTES: list[int] = []
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def test_a_stated_memory_cuts_batches(name: str) -> None:
+    if name == "sampled":
+        pytest.skip("labels are drawn batch by batch: other cuts are other draws")
+    problem = problem_of(Counting(smooth()))
+    whole = MATRICES[name](problem, engine="fresh")
+    V = columns(problem, 2)
+    truth = whole @ V
+    assert whole._engine is not None and whole._engine._bytes is not None
+    limit = int(0.6 * whole._engine._bytes)
+    op = MATRICES[name](problem, engine="fresh", memory=limit)
+    op @ V
+    NOTES.clear()
+    assert gap(op @ V, truth) < 1e-12
+    assert max(NOTES) < 7 and sum(NOTES) >= 15
+    assert "parts" in op.info.settings["engine"]
+
+
+def test_a_stated_memory_is_kept() -> None:
+    """The graphs of the parts take at most 1.1 times what was allowed."""
+    problem = problem_of()
+    for share in (0.5, 0.7):
+        whole = graph_of(problem, *batches()[0])
+        limit = int(share * whole)
+        op = cs.hessian(problem, engine="fresh", memory=limit)
+        op @ columns(problem, 1)
+        engine = op._engine
+        assert engine is not None
+        with problem.session():
+            largest = max(
+                graph_bytes(engine._graph(*part, 1, op.kind.generator()).roots(), op.parameters)
+                for part in engine._parts()
+            )
+        assert largest <= 1.1 * limit
+        assert largest > 0.3 * limit
+
+
+def graph_of(problem: cs.Problem, inputs: Tensor, targets: Tensor) -> int:
+    with problem.session():
+        total = problem.batch_total(problem.outputs(inputs), targets)
+        graph = HessianGraph(total, list(problem.params.values()))
+        return graph_bytes(graph.roots(), graph.parameters)
+
+
+def test_memory_that_no_sample_fits_into() -> None:
+    problem = problem_of()
+    with pytest.raises(errors.MemoryLimitError, match="single sample"):
+        cs.hessian(problem, memory=10) @ columns(problem, 1)
+
+
+def test_coupled_samples_are_never_cut() -> None:
+    class Centred(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x - x.mean(0))
+
+    problem = problem_of(Centred(*smooth()))
+    truth = cs.ggn(problem) @ columns(problem, 1)
+    needed = graph_of(problem, *batches()[0])
+    with pytest.raises(errors.MemoryLimitError, match="coupled"):
+        cs.hessian(problem, memory=needed // 2) @ columns(problem, 1)
+    assert gap(cs.ggn(problem, memory=100 * needed) @ columns(problem, 1), truth) < 1e-12
+
+
+def test_peak_of_live_tensors_does_not_grow_with_the_data() -> None:
+    def peak(repeat: int) -> int:
+        model = smooth()
+        found: list[int] = []
+
+        def note(_: Any, __: Any, ___: Any) -> None:
+            gc.collect()
+            found.append(sum(t.nbytes for t in gc.get_objects() if isinstance(t, Tensor)))
+
+        problem = cs.Problem(model, nn.CrossEntropyLoss(), batches(1) * repeat)
+        op = cs.hessian(problem, engine="fresh")
+        v = columns(problem, 1)
+        op @ v
+        handle = model.register_forward_hook(note)
+        op @ v
+        handle.remove()
+        return max(found)
+
+    assert peak(12) <= 1.05 * peak(2)
+
+
+def test_forward_mode_is_refused_where_it_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = problem_of()
+    v = columns(problem, 1)
+    true = engine_module.linearised
+    monkeypatch.setattr(
+        engine_module, "linearised", lambda *a, **k: tuple(1.01 * z for z in true(*a, **k))
+    )
+    with pytest.raises(errors.UnsupportedLayerError, match="differs from that of reverse mode"):
+        cs.ggn(problem, engine="forward") @ v
+    automatic = cs.ggn(problem)
+    dense = automatic.dense()
+    for _ in range(3):
+        assert gap(automatic @ v, dense @ v) < 1e-12
+    along = engine_module.gradient_along
+    monkeypatch.setattr(
+        engine_module,
+        "gradient_along",
+        lambda *a: [None if g is None else 1.01 * g for g in along(*a)],
+    )
+    with pytest.raises(errors.UnsupportedLayerError, match="H v differs"):
+        cs.hessian(problem, engine="forward") @ v
+
+
+class OnlyReverse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 2 * x * g
+
+
+class Squared(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return OnlyReverse.apply(x)  # type: ignore[no-any-return]
+
+
+def test_models_without_forward_mode_or_batching_rule() -> None:
+    layers = (nn.Flatten(), nn.Linear(16, 6), Squared(), nn.Linear(6, 4))
+    model = seeded(lambda: nn.Sequential(*layers))
+    problem = problem_of(model)
+    v = columns(problem, 6)
+    for name in ("hessian", "ggn"):
+        dense = MATRICES[name](problem).dense()
+        op = MATRICES[name](problem)
+        for _ in range(3):
+            assert gap(op @ v, dense @ v) < 1e-12
+        with pytest.raises(errors.UnsupportedLayerError, match="forward-mode"):
+            MATRICES[name](problem, engine="forward") @ v
+
+
+def test_tied_weights_and_forward_mode() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(16, 4)
+            self.second = nn.Linear(4, 16)
+            self.second.weight = nn.Parameter(torch.zeros(16, 4))
+            self.shared = self.first
+            self.head = nn.Linear(4, 4)
+            self.again = nn.Linear(4, 4)
+            self.again.weight = self.head.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.tanh(self.first(x.flatten(1)))
+            h = torch.tanh(self.shared(self.second(h)))
+            return self.again(torch.tanh(self.head(h)))
+
+    model = seeded(Tied)
+    problem = problem_of(model)
+    before = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
+    v = columns(problem, 3)
+    for name in ("hessian", "ggn"):
+        dense = MATRICES[name](problem).dense()
+        for mode in ENGINES:
+            op = MATRICES[name](problem, engine=mode)
+            for _ in range(2):
+                assert gap(op @ v, dense @ v) < 1e-12
+    assert before == {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+@pytest.mark.parametrize("name", ["hessian", "ggn"])
+def test_half_precision_accumulates_in_float32(name: str) -> None:
+    data = [(x.bfloat16(), y) for x, y in batches(1, torch.float32) * 40]
+    problem = cs.Problem(smooth(torch.bfloat16), nn.CrossEntropyLoss(), data)
+    single = cs.Problem(smooth(torch.bfloat16), nn.CrossEntropyLoss(), data[:1])
+    v = columns(single, 1).float()
+    many, one = MATRICES[name](problem) @ v, MATRICES[name](single) @ v
+    assert many.dtype == torch.float32
+    # forty times the same batch: a sum in bfloat16 would be off by a percent
+    assert gap(many, one) < 1e-5
+
+
+def test_bad_options() -> None:
+    problem = problem_of()
+    with pytest.raises(errors.OptionError, match="retained"):
+        cs.hessian(problem, engine="retain")
+    for bad in (0, -5, True):
+        with pytest.raises(errors.OptionError, match="memory"):
+            cs.ggn(problem, memory=bad)
