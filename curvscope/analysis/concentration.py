@@ -202,6 +202,9 @@ def concentration(
         Operators with more rows are not formed: only their diagonal share is given.
 
     Cost: ``O(d^3)`` per matrix formed and per sample.
+
+    Raises ``OptionError`` for a matrix that is empty or not symmetric and for options that do not
+    fit, ``ShapeError`` for one that is not square.
     """
     start = time.perf_counter()
     if noise < 0 or not math.isfinite(noise):

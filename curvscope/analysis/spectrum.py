@@ -210,7 +210,7 @@ def condition_of(values: Tensor, damping: float, tolerance: float) -> float:
 def spectrum(
     op: Operator | Tensor | np.ndarray, *, blocks: bool = False, tol: float | None = None
 ) -> Spectrum:
-    """All eigenvalues of a symmetric matrix, by structure where it has one, else dense.
+    """All eigenvalues ``[P]`` of a symmetric matrix, by structure where it has one, else dense.
 
     ``blocks=True`` takes the diagonal blocks one by one: the eigenvalues are then those of the
     block-diagonal part of ``op``, and ``.blocks`` holds the spectrum of each. Eigenvalues of
@@ -219,7 +219,11 @@ def spectrum(
 
     Cost: ``O(P^3)`` for a dense matrix; the eigen-decompositions of the factors for a Kronecker
     product. Raises ``MemoryLimitError`` for a matrix that has no cheaper form and does not fit in
-    memory, ``OptionError`` for ``blocks=True`` on a matrix without blocks.
+    memory, ``OptionError`` for a matrix that is empty or not symmetric and for ``blocks=True`` on one
+    without blocks, ``ShapeError`` for one that is not square.
+
+    Source: the eigenvalues of ``G (x) A`` are the products of those of ``G`` and ``A`` (Van Loan
+    2000, section 1); effective rank as in Roy and Vetterli 2007.
     """
     start = time.perf_counter()
     op = as_operator(op)

@@ -153,8 +153,16 @@ def verify(
         100,000 parameters, of which also fewer blocks are looked at. The costly checks take up to
         eight samples.
 
-    A check that raises counts as failed, with the message. Errors of the problem itself
-    (``NonFiniteError``, ``NonDeterministicError``, ``TargetError``, ``DataError``) are raised.
+    A check that raises counts as failed, with the message.
+
+    Cost: seconds for small networks; some tens of passes over ``samples`` samples in float64 and,
+    for each block looked at, ``columns`` products. ``.checks`` has the seconds of each.
+
+    Raises ``OptionError`` for options that do not fit, and the errors of the problem itself
+    (``NonFiniteError``, ``NonDeterministicError``, ``TargetError``, ``DataError``).
+
+    Source: each check states its own reference; plain double backward (Pearlmutter 1994) and
+    central differences stand behind most of them.
     """
     start = time.perf_counter()
     if not isinstance(problem, Problem):

@@ -125,8 +125,8 @@ def hutchinson_diagonal(
     the errors of the problem itself (``DataError``,
     ``NonFiniteError``, ``NonDeterministicError``).
 
-    Source: Bekas, Kokiopoulou and Saad 2007, section 2; Yao et al. 2021 (AdaHessian), eq. 7 and,
-    for ``spatial``, section 3.2.
+    Source: Bekas, Kokiopoulou and Saad 2007, section 2; Yao et al. 2021 (AdaHessian), section 3,
+    for ``spatial`` section 3.2.
     """
     check_option("matrix", matrix, _KINDS)
     if not isinstance(probes, int) or probes < 1:

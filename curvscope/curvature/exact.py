@@ -105,7 +105,7 @@ def hessian(
     ``NonFiniteError``, ``NonDeterministicError``).
 
     Source: Pearlmutter 1994 for products by double differentiation; Botev, Ritter and Barber 2017,
-    eq. 6, for ``H_n (x) a_n a_n^T``.
+    section 2, for ``H_n (x) a_n a_n^T``.
     """
     if route == "backpack":
         raise OptionError("BackPACK has no full Hessian block; use cs.backpack.diag_hessian.")

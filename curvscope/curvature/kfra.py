@@ -43,8 +43,8 @@ def kfra(problem: Problem, *, uncovered: str = "raise") -> BlockDiagonalOperator
     that size squared.
 
     Raises ``UnsupportedLayerError`` for residual connections, layers that are used twice, and
-    paths that change from batch to batch; ``MemoryLimitError`` for outputs too large to square;
-    the errors of the problem itself (``DataError``,
+    paths that change from batch to batch; ``UnsupportedLossError`` for a loss that is not convex in
+    the outputs; the errors of the problem itself (``DataError``,
     ``NonFiniteError``, ``NonDeterministicError``).
 
     Source: Botev, Ritter and Barber 2017, eq. 19, for Linear layers with elementwise activations.

@@ -318,7 +318,7 @@ def kflr(
     for unknown options, and the errors of the problem itself (``DataError``,
     ``NonFiniteError``, ``NonDeterministicError``).
 
-    Source: Botev, Ritter and Barber 2017, section 4 (there for Linear layers).
+    Source: Botev, Ritter and Barber 2017 (there for Linear layers).
     """
     check_option("sharing", sharing, ("expand", "reduce"))
     kind = Kind(GGN)

@@ -30,7 +30,11 @@ _MOST_SAMPLES = 4096  # samples up to which their Gram matrices are cheaper than
 
 
 def best_diagonal(op: Operator) -> Operator:
-    """The diagonal matrix nearest to ``op``: its own diagonal."""
+    """The diagonal matrix nearest to ``op`` in Frobenius norm: its own diagonal ``[P]``.
+
+    Cost: that of ``op.diagonal()``. Raises ``MemoryLimitError`` where that needs the dense matrix
+    and it does not fit. Source: the definition, as the norm separates over entries.
+    """
 
     def nearest(block: Operator) -> Operator:
         return DiagonalOperator(block.diagonal(), layout=block.layout, view=block.view)
@@ -39,7 +43,11 @@ def best_diagonal(op: Operator) -> Operator:
 
 
 def best_identity(op: Operator) -> Operator:
-    """The multiple of the identity nearest to ``op``: ``tr(op) / P`` times the identity."""
+    """The multiple of the identity nearest to ``op`` in Frobenius norm: ``tr(op) / P``.
+
+    Cost: that of ``op.trace()``. Raises ``MemoryLimitError`` where that needs the dense matrix and
+    it does not fit. Source: the definition, the projection of ``op`` on the identity.
+    """
 
     def nearest(block: Operator) -> Operator:
         return IdentityOperator(
@@ -57,17 +65,22 @@ def best_identity(op: Operator) -> Operator:
 def best_kronecker(
     op: Operator, *, view: MatrixView | None = None, tol: float = 1e-12, max_iter: int = 1000
 ) -> Operator:
-    """The Kronecker product of symmetric factors nearest to ``op`` (one per group).
+    """The Kronecker product ``G (x) A`` of symmetric factors nearest to ``op`` (one per group).
 
-    It is the leading singular pair of the rearranged matrix (Van Loan and Pitsianis 1993), found
-    to a relative residual ``tol`` by Lanczos bidiagonalisation, at most ``max_iter`` products;
+    It is the leading singular pair of the rearranged matrix ``[out^2, in^2]``, found to a relative
+    residual ``tol`` by Lanczos bidiagonalisation in at most ``max_iter`` products;
     ``info.settings`` records iterations, residual and convergence. Factors carry the square root
     of the singular value each; those of a positive-semidefinite matrix are positive semidefinite.
-    A factored block with one position costs one Gram matrix of its samples, others one pass over
-    the rows per iteration; no matrix is formed beyond 4,096 rows unless ``op`` is stored.
-
     Of an operator with blocks, those that are not weight matrices (``block.view is None``) are
     left out and listed in ``uncovered``.
+
+    Cost: a factored block with one position takes one Gram matrix of its samples, others one pass
+    over the rows per iteration; no matrix is formed beyond 4,096 rows unless ``op`` is stored.
+
+    Raises ``ShapeError`` for a matrix without a view as weight matrix (give ``view=``) and
+    ``MemoryLimitError`` for one that would have to be formed and does not fit.
+
+    Source: Van Loan and Pitsianis 1993, section 2.
     """
 
     def nearest(block: Operator) -> Operator:
@@ -88,8 +101,16 @@ def best_diagonal_kronecker(
 ) -> Operator:
     """The Kronecker product of two diagonal matrices nearest to ``op`` (one per group).
 
-    It is the rank-one matrix nearest to the diagonal in the view ``[out, inp]``. A non-negative
-    diagonal has non-negative factors (Perron).
+    It is the rank-one matrix nearest to the diagonal in the view ``[out, in]``. A non-negative
+    diagonal has non-negative factors (Perron). ``view``, ``tol`` and ``max_iter`` are those of
+    :func:`best_kronecker`.
+
+    Cost: that of ``op.diagonal()`` and ``O(out * in)`` per iteration.
+
+    Raises ``ShapeError`` for a matrix without a view as weight matrix and
+    ``MemoryLimitError`` where the diagonal needs a dense matrix that does not fit.
+
+    Source: Van Loan and Pitsianis 1993, section 2, with diagonal factors.
     """
 
     def nearest(block: Operator) -> Operator:

@@ -77,6 +77,9 @@ def make_report(
     command
         How the report was asked for, repeated in it.
 
+    Cost: about a minute on two cores for networks of a few thousand parameters; the page lists the
+    seconds of every computation.
+
     Returns the paths. Raises ``OutputError``, before computing anything, for a folder that cannot
     be written or holds something else, and the errors of the problem itself.
     """
