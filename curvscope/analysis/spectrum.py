@@ -219,7 +219,7 @@ def spectrum(
 
     Cost: ``O(P^3)`` for a dense matrix; the eigen-decompositions of the factors for a Kronecker
     product. Raises ``MemoryLimitError`` for a matrix that has no cheaper form and does not fit in
-    memory, ``OptionError`` for a matrix that is empty or not symmetric and for ``blocks=True`` on one
+    memory, ``OptionError`` for one that is empty or not symmetric, and for ``blocks=True`` on one
     without blocks, ``ShapeError`` for one that is not square.
 
     Source: the eigenvalues of ``G (x) A`` are the products of those of ``G`` and ``A`` (Van Loan
