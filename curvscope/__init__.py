@@ -31,6 +31,8 @@ _PUBLIC = {
     "spectrum": "analysis",
     "concentration": "analysis",
     "coverage": "analysis",
+    "gradient_noise": "analysis",
+    "local_model": "analysis",
     "verify": "analysis",
     "make_report": "report",
     "show_progress": "progress",

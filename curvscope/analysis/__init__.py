@@ -4,6 +4,8 @@ from .compare import compare
 from .comparison import Comparison, ReferenceBlock, Row
 from .concentration import Concentration, concentration
 from .coverage import Cell, Coverage, ParameterRow, coverage
+from .local import LocalModel, local_model
+from .noise import GradientNoise, gradient_noise
 from .result import Cost, Result
 from .spectrum import Spectrum, spectrum
 from .verify import Check, Verification, verify
@@ -15,6 +17,8 @@ __all__ = [
     "Concentration",
     "Cost",
     "Coverage",
+    "GradientNoise",
+    "LocalModel",
     "ParameterRow",
     "ReferenceBlock",
     "Result",
@@ -24,6 +28,8 @@ __all__ = [
     "compare",
     "concentration",
     "coverage",
+    "gradient_noise",
+    "local_model",
     "spectrum",
     "verify",
 ]

@@ -67,7 +67,7 @@ def pass_count(problem: Problem, kind: Kind, recording: Recording) -> int:
     """Backward passes per batch."""
     per_sample = recording.outputs[0].numel() * (recording.outputs.shape[0] // recording.samples)
     if kind.matrix == EMPIRICAL:
-        if kind.per == "sample":
+        if kind.per != "term":
             return 1
         return problem.loss.terms(recording.outputs.detach(), recording.samples).shape[1]
     return kind.samples if kind.samples is not None else per_sample

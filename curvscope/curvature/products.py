@@ -26,6 +26,7 @@ from ..problem.cotangents import (
 )
 
 HESSIAN, GGN, FISHER, EMPIRICAL = "hessian", "ggn", "fisher", "empirical_fisher"
+RAW = "raw"  # per=: second moments of the samples' gradients as they are, class weights included
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class Kind:
             return "GGN"
         if self.matrix == FISHER:
             return "Fisher" if self.samples is None else f"Fisher ({self.samples} sampled labels)"
+        if self.per == RAW:
+            return "second moment of the gradients"
         return "empirical Fisher" if self.per == "sample" else "empirical Fisher (per term)"
 
     @property

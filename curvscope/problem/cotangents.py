@@ -107,15 +107,17 @@ def sampled_cotangents(
     return loss.unterms(scores * root.unsqueeze(-1), z)
 
 
-def observed_cotangents(loss: Loss, outputs: Tensor, targets: Any, samples: int) -> Tensor:
-    """Gradient of each term at the observed label, scaled by ``1/sqrt(c_m)``.
+def observed_cotangents(
+    loss: Loss, outputs: Tensor, targets: Any, samples: int, *, raw: bool = False
+) -> Tensor:
+    """Gradient of each term at the observed label, scaled by ``1/sqrt(c_m)`` unless ``raw``.
 
     With this scaling a class of weight 2 gives the empirical Fisher of duplicated samples.
     """
     z = outputs.detach().requires_grad_()
     with torch.enable_grad():
         (gradient,) = torch.autograd.grad(loss.total(z, targets), z)
-    if loss.likelihood is None:
+    if raw or loss.likelihood is None:
         return gradient
     c = loss.weights(z.detach(), targets, samples)
     scale = torch.where(c > 0, c.clamp_min(torch.finfo(c.dtype).tiny).rsqrt(), torch.zeros_like(c))
@@ -126,10 +128,10 @@ def scaled_terms(loss: Loss, outputs: Tensor, targets: Any, samples: int, per: s
     """Cotangents whose outer products, sample by sample, make up the empirical Fisher.
 
     ``per="sample"``: one, with all terms of a sample together; ``per="term"``: one for every
-    position of a term in its sample, zero elsewhere.
+    position of a term in its sample, zero elsewhere. ``per="raw"``: the samples' own gradients.
     """
-    whole = observed_cotangents(loss, outputs, targets, samples)
-    if per == "sample":
+    whole = observed_cotangents(loss, outputs, targets, samples, raw=per == "raw")
+    if per in ("sample", "raw"):
         return [whole]
     terms = loss.terms(whole, samples)
     parts = []
