@@ -17,7 +17,7 @@ from ..errors import (
 )
 from ..operators import BlockDiagonalOperator, Layout, Operator
 from .coerce import as_operator
-from .comparison import WHOLE
+from .comparison import WHOLE, place
 from .result import listing
 
 Members = dict[str, tuple[str, ...]]
@@ -187,7 +187,7 @@ def _covered(op: BlockDiagonalOperator) -> Part:
             return Part(op.blocks[name])
     if not op.uncovered:
         return Part(op)
-    names = listing(op.uncovered)
+    names = listing([place(name) for name in op.uncovered])
     if not op.blocks and not _rest(op):
         return Part(None, "uncovered", _missing(op, names))
     taken = "a multiple of the identity" if _rest(op) else "zero"

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 WHOLE = "(all)"
 """Name of the row for the whole matrix."""
 
+SAME = 1e-10
+"""Relative errors up to here are rounding."""
+
 _FIRST = ("block", "approximation", "status", "size", "family", "damping", "error", "error_stderr")
 _BESIDE = ("best_class", "best_in_class", "excess", "outside", "outside_stderr")
 
@@ -96,7 +99,7 @@ class Row:
 
     def sentence(self) -> str:
         """``"K-FAC is off by 0.42 on conv1, of which 0.40 is the price of being Kronecker."``"""
-        where = "the whole matrix" if self.block == WHOLE else self.block
+        where = place(self.block)
         if self.status in ("uncovered", "failed"):
             return f"{self.approximation} says nothing about {where}: {self.note.rstrip('.')}."
         if math.isnan(self.error):
@@ -104,11 +107,24 @@ class Row:
             return f"{self.approximation}'s error on {where} is not known: {reason}"
         spread = self.stderr.get("error", 0.0)
         bars = f" ± {number(spread, 2)}" if spread else ""
+        note = f" ({self.note})" if self.note else ""
+        if self.error <= SAME and not spread:
+            return f"{self.approximation} equals the reference on {where} up to rounding{note}."
         text = f"{self.approximation} is off by {number(self.error)}{bars} on {where}"
         if self.best_class not in (None, "dense") and not math.isnan(self.best_in_class):
-            price = number(self.best_in_class)
-            text += f", of which {price} is the price of being {_in_words(str(self.best_class))}"
-        return text + (f" ({self.note})" if self.note else "") + "."
+            least = self.best_in_class
+            price = f"of which {number(least)} is" if least > SAME else "none of which is"
+            text += f", {price} the price of being {_in_words(str(self.best_class))}"
+            if self.status == "partial" and least > SAME:
+                text += " and of leaving out what it does not cover"
+        return text + note + "."
+
+
+def place(block: str) -> str:
+    """Where a sentence is about: a name alone, unless it is a number (``"block 0"``)."""
+    if block == WHOLE:
+        return "the whole matrix"
+    return f"block {block}" if block[:1].isdigit() else block
 
 
 def _in_words(kind: str) -> str:
@@ -267,6 +283,9 @@ class Comparison(Result):
             text = whole[0].sentence() if whole else ""
             if known:
                 worst = max(known, key=lambda row: row.error)
-                text += (" Worst block: " if text else "") + worst.sentence()
+                if worst.error <= SAME and not worst.stderr.get("error"):
+                    text += f"{' ' if text else ''}{name} equals it on every block up to rounding."
+                else:
+                    text += (" Worst block: " if text else "") + worst.sentence()
             lines.append(text or f"{name}: nothing was compared.")
         return "\n".join(lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -161,7 +162,7 @@ class Coverage(Result):
         for (share, missing), methods in groups.items():
             without = f", without {listing(missing)}" if missing else ""
             lines.append(f"{number(100 * share)} % covered by {listing(methods, 99)}{without}.")
-        lines += [f"Not {name}: {reason}" for name, reason in self.not_available.items()]
+        lines += refusals(self.not_available)
         for state, verb in ((FROZEN, "Frozen"), (LEFT_OUT, "Left out by params=")):
             rows = [row for row in self.parameters if row.state == state]
             if rows:
@@ -173,6 +174,30 @@ class Coverage(Result):
         if self.buffers:
             lines.append(f"Buffers, which nothing covers: {listing(list(self.buffers))}.")
         return "\n".join(lines)
+
+
+_ADVICE = re.compile(r"(?P<link>\. U|, or u)se (?P<call>cs\.[^;]+)\.$")
+
+
+def refusals(reasons: Mapping[str, str]) -> list[str]:
+    """A sentence per reason why methods refuse a problem, methods with the same one together."""
+    groups: dict[str, list[str]] = {}
+    for method, reason in reasons.items():
+        # BackPACK names its extension in the reason; so does the method
+        same = reason.replace(f"BackPACK's {method.removeprefix('BackPACK ')} ", "BackPACK's part ")
+        groups.setdefault(_ADVICE.sub("", same), []).append(method)
+    lines = []
+    for reason, methods in groups.items():
+        if len(methods) == 1:
+            lines.append(f"Not {methods[0]}: {reasons[methods[0]]}")
+            continue
+        because = reason.replace("BackPACK's part does", "they do")
+        advice = [match for m in methods if (match := _ADVICE.search(reasons[m]))]
+        if advice:
+            calls = listing(list(dict.fromkeys(match["call"] for match in advice)), 99)
+            because += f"{advice[0]['link']}se {calls.replace(' and ', ' or ')}."
+        lines.append(f"Not {listing(methods, 99)}: {because}")
+    return lines
 
 
 def coverage(problem: Problem) -> Coverage:

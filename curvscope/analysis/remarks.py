@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ..operators import Operator
-from .comparison import WHOLE, Row
+from .comparison import WHOLE, Row, place
 from .result import listing, number
 
 _FACTOR = 2.0  # a trace that is off by more is an error of scale
@@ -26,16 +26,28 @@ def remarks(
     for name, op in approximations.items():
         found += _elsewhere(name, reference, op)
         own = [row for row in rows if row.approximation == name]
-        if op.uncovered:
-            found.append(
-                f"{name} does not cover {listing(op.uncovered)}, which count as zero in the whole "
-                "matrix."
-            )
         for row in own:
             if row.status == "failed" and row.block != WHOLE:
-                found.append(f"{name} on {row.block} failed: {row.note}")
+                found.append(f"{name} on {place(row.block)} failed: {row.note}")
         found += _scale(name, own)
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys([*found, *_uncovered(approximations)]))
+
+
+AS_ZERO = "as zero in the whole matrix."
+
+
+def _uncovered(approximations: Mapping[str, Operator]) -> list[str]:
+    """A sentence per set of blocks that approximations leave out."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name, op in approximations.items():
+        if op.uncovered:
+            groups.setdefault(tuple(op.uncovered), []).append(name)
+    return [
+        f"{listing(names)} {'does' if len(names) == 1 else 'do'} not cover "
+        f"{listing([place(n) for n in blocks])}, which "
+        f"{'counts' if len(blocks) == 1 else 'count'} {AS_ZERO}"
+        for blocks, names in groups.items()
+    ]
 
 
 _SAME = {
@@ -62,7 +74,7 @@ def _elsewhere(name: str, reference: Operator, op: Operator) -> list[str]:
 
 
 def _scale(name: str, rows: Sequence[Row]) -> list[str]:
-    """One sentence on all blocks where only the scale is far off."""
+    """A sentence on all blocks where only the scale is far off, and one where it is the sign."""
     wrong = [
         row
         for row in rows
@@ -71,10 +83,23 @@ def _scale(name: str, rows: Sequence[Row]) -> list[str]:
     ]
     if not wrong:
         return []
-    places = ["the whole matrix" if row.block == WHOLE else row.block for row in wrong]
-    worst = max(wrong, key=lambda row: row.error)
-    return [
-        f"{name} is off in scale on {listing(places)}: its trace is {number(worst['trace_ratio'])} "
-        f"times that of the reference; at the best scale its error is "
-        f"{number(worst['error_rescaled'])} instead of {number(worst.error)}."
-    ]
+    found = []
+    opposite = [row for row in wrong if row["trace_ratio"] < 0]
+    if opposite:
+        places = listing([place(row.block) for row in opposite])
+        worst = min(opposite, key=lambda row: row["trace_ratio"])
+        found.append(
+            f"{name} has a trace of the opposite sign on {places} "
+            f"({number(worst['trace_ratio'])} times that of the reference): no positive scale "
+            "mends that."
+        )
+    scaled = [row for row in wrong if row["trace_ratio"] >= 0]
+    if scaled:
+        places = listing([place(row.block) for row in scaled])
+        worst = max(scaled, key=lambda row: row.error)
+        found.append(
+            f"{name} is off in scale on {places}: its trace is {number(worst['trace_ratio'])} "
+            f"times that of the reference; at the best scale its error is "
+            f"{number(worst['error_rescaled'])} instead of {number(worst.error)}."
+        )
+    return found

@@ -48,6 +48,17 @@ class WholeOperator(AutogradOperator):
     def blocks(self) -> Mapping[str, Operator]:
         return _LazyBlocks(self)
 
+    def __repr__(self) -> str:
+        if self._plans is None or self.route != "auto":  # plans take a pass to make
+            routes = f"{self.route!r} routes" if self.route == "auto" else f"route {self.route!r}"
+        else:
+            routes = ", ".join(dict.fromkeys(repr(self.route_of(name)) for name in self.members))
+        exact = "exact" if self.info.exact else "approximate"
+        return (
+            f"{type(self).__name__}({self.info.what}, {exact}, {self.shape[0]} x {self.shape[1]}, "
+            f"{len(self.members)} blocks by {routes}, products by autograd, {str(self.dtype)[6:]})"
+        )
+
     @property
     def plans(self) -> dict[str, BlockPlan]:
         """The routes that are valid for each block, and why others are not."""

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from ..analysis.comparison import WHOLE, Comparison, Row
+from ..analysis.remarks import AS_ZERO
 from ..analysis.result import listing
 from .approximations import BEST, EXACT
 from .findings import Findings
@@ -64,7 +65,10 @@ def warnings(found: Findings) -> list[str]:
     """What a reader must know before trusting a number."""
     texts = [*_distrust(found), *_negative(found), *_uncovered(found), *_noise(found)]
     texts += _scale(found)
-    texts += [text for result in _results(found) for text in result.warnings]
+    # what is not covered is said above, with its share of the energy
+    texts += [
+        text for result in _results(found) for text in result.warnings if not text.endswith(AS_ZERO)
+    ]
     texts += [
         f"{entry.name} is not available here. {entry.reason}"
         for entry in found.approximations
@@ -237,32 +241,37 @@ def _uncovered(found: Findings) -> list[str]:
         verb = "does" if len(names) == 1 else "do"
         texts.append(
             f"{listing(names, 12)} {verb} not cover {listing(list(blocks), 6)}{energy}; these "
-            "count as zero in the whole matrix."
+            f"count {AS_ZERO}"
         )
     return texts
 
 
 def _noise(found: Findings) -> list[str]:
     """Standard error of the Hutchinson diagonals relative to their norm."""
-    texts = []
+    names, ratios = [], []
     for entry in found.approximations:
         stderr = getattr(entry.op, "stderr", None)
         if entry.op is None or stderr is None:
             continue
         ratio = float(stderr.double().norm()) / (entry.op.frobenius_norm() or math.inf)
         if ratio > _NOISY:
-            texts.append(
-                f"The {entry.name} is noisy: its standard error is {percent(ratio)} of its norm "
-                f"with {found.settings.probes} probes. Errors of it contain this noise."
-            )
-    return texts
+            names.append(f"the {entry.name}")
+            ratios.append(percent(ratio))
+    if not names:
+        return []
+    text = (
+        f"{listing(names)} {'is' if len(names) == 1 else 'are'} noisy: the standard error is "
+        f"{listing(list(dict.fromkeys(ratios)))} of the norm with {found.settings.probes} probes, "
+        "and is part of the errors shown."
+    )
+    return [text[0].upper() + text[1:]]
 
 
 def _scale(found: Findings) -> list[str]:
     """Approximations whose error is mostly one of scale on the whole matrix."""
     names = []
     for row in found.layer_comparison().rows:
-        off = row.error > 2 * row["error_rescaled"] and row.error > 0.2
+        off = row.error > 2 * row["error_rescaled"] and row.error > 0.2 and row["scale"] > 0
         if row.block == WHOLE and off and math.isfinite(row["error_rescaled"]):
             names.append(
                 f"{row.approximation} ({shown(row.error, 2)}, {shown(row['error_rescaled'], 2)} "

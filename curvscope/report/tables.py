@@ -110,6 +110,7 @@ def coverage_table(found: Findings) -> Table:
         Column("not covered", numeric=False),
     )
     rows = []
+    said: dict[str, str] = {}  # reasons -> the method at which they stand
     for method in result.methods:
         routes = ", ".join(f"{route} ({n:,})" for route, n in result.routes(method).items())
         missing: dict[str, list[str]] = {}
@@ -120,13 +121,16 @@ def coverage_table(found: Findings) -> Table:
         reasons = [_missing(names, why, len(result.parameters)) for why, names in missing.items()]
         if method in result.not_available:
             reasons = [result.not_available[method]]
+        why = " ".join(reasons) or NOTHING
+        if len(why) > 40 and said.setdefault(why, method) != method:
+            why = f"as for {said[why]}"
         share = result.shares[method]
         rows.append(
             [
                 Cell(method),
                 Cell(percent(share), sort=share, shade=None if share >= 1 else 0.6 * (1 - share)),
                 Cell(routes or NOTHING),
-                Cell(" ".join(reasons) or NOTHING),
+                Cell(why),
             ]
         )
     return Table("Which method covers which part of this network.", columns, rows)
