@@ -1,0 +1,58 @@
+"""Two processes with half of the batch each train like one process with the whole batch."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from curvscope.optim import KFAC
+
+from .kronecker_cases import closure_of, flat, labels, normal, relative, small
+
+STEPS, BATCH = 4, 8
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    return normal(BATCH, 5, seed=step), labels(BATCH, seed=step)
+
+
+def worker(rank: int, folder: str, fisher: str) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(os.path.join(folder, "store"), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    try:
+        model = small()
+        wrapped = DistributedDataParallel(model)
+        optimizer = KFAC(wrapped, 0.2, 0.1, fisher=fisher)
+        share = slice(rank, BATCH, 2)
+        optimizer.warm_start([tuple(t[share] for t in batch(9))], loss=F.cross_entropy)
+        for step in range(STEPS):
+            x, y = batch(step)
+            optimizer.step(closure_of(optimizer, wrapped, x[share], y[share]))
+        if rank == 0:
+            torch.save(flat(model), os.path.join(folder, "weights.pt"))
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+def test_two_ranks_are_one_process_with_the_joint_batch(tmp_path: Path, fisher: str) -> None:
+    mp.start_processes(worker, args=(str(tmp_path), fisher), nprocs=2, start_method="spawn")
+    model = small()
+    start = flat(model).clone()
+    optimizer = KFAC(model, 0.2, 0.1, fisher=fisher)
+    optimizer.warm_start([batch(9)], loss=F.cross_entropy)
+    for step in range(STEPS):
+        optimizer.step(closure_of(optimizer, model, *batch(step)))
+    found = torch.load(tmp_path / "weights.pt", weights_only=True)
+    assert relative(found, flat(model)) < 1e-12
+    assert relative(found, start) > 0.05
