@@ -5,6 +5,7 @@
 
 import contextlib
 import shlex
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,12 +28,27 @@ Examples:
 
 
 def main() -> None:
-    """Run the command line; exits with 0, 2 for an error with a message, 130 for Ctrl-C."""
+    """Run the command line; exits with 0, 2 for an error with a message, 130 for Ctrl-C.
+
+    When told to end (SIGTERM, SIGHUP), it removes what it has begun to write, and exits with 128
+    and the signal's number.
+    """
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            number = getattr(signal, name)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+                signal.signal(number, _end)
     try:
         make_app()()
     except KeyboardInterrupt:
         _say("Interrupted.")
         sys.exit(EXIT_INTERRUPTED)
+
+
+def _end(number: int, _: Any) -> None:
+    signal.signal(number, signal.SIG_IGN)  # a second one must not interrupt the cleaning up
+    _say(f"Ended by {signal.Signals(number).name}; nothing was written.")
+    sys.exit(128 + number)
 
 
 def make_app() -> Any:
@@ -92,11 +108,11 @@ def make_app() -> Any:
 
     @contextlib.contextmanager
     def reported(debug: bool) -> Iterator[None]:
-        """Errors as one message and an exit code, progress bars on a terminal."""
-        from .progress import show_progress
+        """Errors as one message and an exit code; progress as bars or, in a log, as lines."""
+        from .progress import show_progress, show_stages
 
         try:
-            with show_progress(sys.stderr.isatty()):
+            with show_progress() if sys.stderr.isatty() else show_stages():
                 yield
         except CurvscopeError as error:
             if debug:
@@ -248,6 +264,7 @@ def _load(
 
     from .errors import OptionError, check_option
     from .loading import load_problem
+    from .progress import stage
 
     kinds = {"float32": torch.float32, "float64": torch.float64}
     if dtype is not None:
@@ -258,6 +275,7 @@ def _load(
         except (RuntimeError, AssertionError) as error:
             first = str(error).splitlines()[0]
             raise OptionError(f"--device {device} cannot be used here: {first}") from error
+    stage(f"Loading {problem}")
     if threads is not None:
         torch.set_num_threads(threads)
     return load_problem(

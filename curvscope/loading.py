@@ -36,7 +36,8 @@ def load_problem(
     The working directory is importable meanwhile.
 
     Raises ``UnknownProblemError`` (with the nearest names) for what cannot be found or imported,
-    ``OptionError`` for a function that fails, returns something else, or takes no ``data``.
+    ``OptionError`` for a function that fails, returns something else, or takes no ``data``, and for
+    more ``samples`` than there are.
     """
     options: dict[str, Any] = {
         "data": data,
@@ -149,9 +150,15 @@ def _finish(problem: Problem, rest: dict[str, Any]) -> Problem:
         with problem.session():
             batches = list(problem.batches())
         problem = problem.with_data(batches, **changes)
-    if "samples" in rest and rest["samples"] < problem.n_samples:
-        problem = problem.subset(rest["samples"], int(rest.get("seed") or 0))
-    return problem
+    if "samples" not in rest:
+        return problem
+    wanted, there = rest["samples"], problem.n_samples
+    if wanted > there:
+        raise OptionError(
+            f"samples={wanted}: {problem.name} has {there:,} samples; take at most {there:,}, or "
+            "leave samples (--samples) out for all of them."
+        )
+    return problem if wanted == there else problem.subset(wanted, int(rest.get("seed") or 0))
 
 
 @contextmanager

@@ -1,14 +1,17 @@
-"""Progress bars: off in the library unless asked for, on in the command line."""
+"""Progress: off in the library unless asked for; bars on a terminal, lines in a log."""
 
 from __future__ import annotations
 
 import contextlib
+import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from typing import TypeVar
 
 _T = TypeVar("_T")
 _shown: ContextVar[bool] = ContextVar("curvscope_progress", default=False)
+_lines_since: ContextVar[float | None] = ContextVar("curvscope_lines", default=None)
 
 
 @contextlib.contextmanager
@@ -19,6 +22,23 @@ def show_progress(shown: bool = True) -> Iterator[None]:
         yield
     finally:
         _shown.reset(token)
+
+
+@contextlib.contextmanager
+def show_stages() -> Iterator[None]:
+    """Print a line per :func:`stage` of what is computed inside, for output that is no terminal."""
+    token = _lines_since.set(time.perf_counter())
+    try:
+        yield
+    finally:
+        _lines_since.reset(token)
+
+
+def stage(text: str) -> None:
+    """Say what begins now, with the seconds since the start, inside :func:`show_stages`."""
+    since = _lines_since.get()
+    if since is not None:
+        print(f"[{time.perf_counter() - since:6.1f} s] {text}", file=sys.stderr, flush=True)
 
 
 def track(items: Iterable[_T], label: str, *, total: int | None = None) -> Iterable[_T]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -57,6 +58,18 @@ def slow():
     import time
     print("ready", flush=True)
     time.sleep(60)
+
+def slow_to_compute():
+    import time
+
+    def loss(outputs, targets):
+        if not torch.is_inference_mode_enabled():
+            print("ready", flush=True)
+            time.sleep(30)
+        return outputs.square().mean()
+
+    problem = make()
+    return cs.Problem(net(), loss, (torch.randn(5, 4), torch.randn(5, 3)), reduction="mean")
 
 problem = make()
 number = 3
@@ -219,7 +232,9 @@ def test_report_passes_its_options_on(
         (["report", "{mine}:make", "--out", "{out}", "--device", "nowhere"], "--device nowhere"),
         (["report", "{mine}:make"], "--out"),
         (["report", "{mine}:make", "--out", "{out}", "--probes", "1"], "probes"),
-        (["verify", "mnist-autoencoder"], "data=FOLDER"),
+        (["verify", "mnist-autoencoder"], "--data FOLDER"),
+        (["verify", "digits-mlp", "--samples", "5000"], "there are 1,541 training samples"),
+        (["verify", "{mine}:fixed", "--samples", "21"], "mine has 20 samples; take at most 20"),
         (["verify", "digits-cmn"], "Did you mean 'digits-cnn'"),
         (["raport"], "raport"),
     ],
@@ -299,6 +314,38 @@ def test_ctrl_c_leaves_nothing_and_exits_with_130(
     assert "Interrupted" in err and "Traceback" not in err and not out
     after = {path.name for path in tmp_path.iterdir()}
     assert after - before <= {"__pycache__"}
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_ended_from_outside_leaves_no_draft(
+    process: Callable[..., subprocess.Popen], tmp_path: Path, name: str
+) -> None:
+    before = {path.name for path in tmp_path.iterdir()}
+    running = process("report", "{mine}:slow_to_compute", "--out", "report")
+    assert running.stdout is not None
+    assert running.stdout.readline() == "ready\n"
+    # the problem is checked while the draft lies beside the place of the report
+    assert any(p.name.startswith(".report.") for p in tmp_path.iterdir())
+    running.send_signal(getattr(signal, name))
+    _, err = running.communicate(timeout=60)
+    assert running.returncode == 128 + getattr(signal, name)
+    assert f"Ended by {name}" in err and "Traceback" not in err
+    after = {path.name for path in tmp_path.iterdir()}
+    assert after - before <= {"__pycache__"}
+
+
+def test_without_a_terminal_stages_are_lines_on_stderr(
+    process: Callable[..., subprocess.Popen],
+) -> None:
+    running = process("report", "{mine}:make", "--out", "report", "--quick")
+    out, err = running.communicate(timeout=100)
+    assert running.returncode == 0, err
+    assert out.strip().endswith("report.html")
+    lines = [line for line in err.splitlines() if line.startswith("[")]
+    assert all(re.fullmatch(r"\[ *\d+\.\d s\] \S.*", line) for line in lines), lines
+    titles = [line.partition("] ")[2] for line in lines]
+    assert titles[0].startswith("Loading ") and titles[-1] == "Figures"
+    assert {"Exact GGN", "K-FAC", "Coverage"} <= set(titles)
 
 
 def test_completion_knows_commands_and_problems() -> None:

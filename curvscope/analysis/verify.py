@@ -15,7 +15,7 @@ from ..errors import (
     UnsupportedLossError,
 )
 from ..problem import Problem
-from ..progress import track
+from ..progress import stage, track
 from .checks import (
     CHECKS,
     FAILED,
@@ -176,6 +176,7 @@ def verify(
     problem.check()
     case = prepare(problem, samples, columns, seed, before)
     case.double.check()
+    stage(f"{len(CHECKS)} checks")
     checks = tuple(run(entry, case) for entry in track(list(CHECKS.values()), "Checks"))
     trust, reasons = _trust(checks)
     return Verification(

@@ -99,7 +99,7 @@ def make_report(
 
 
 def _write(found: Any, folder: Path, command: str) -> None:
-    from ..progress import track
+    from ..progress import stage, track
     from .document import make_document, write_json, write_tables
     from .figure_plans import plans
     from .figures import make_pictures
@@ -108,6 +108,7 @@ def _write(found: Any, folder: Path, command: str) -> None:
     (folder / "figures").mkdir()
     (folder / "csv").mkdir()
     drawn = make_pictures(found, folder / "figures")
+    stage("Figures")
     pictures = list(track(drawn, "Figures", total=len(plans(found))))
     document = make_document(found, pictures, command)
     (folder / "report.html").write_text(render(found, pictures, document), encoding="utf-8")

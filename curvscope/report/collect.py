@@ -13,7 +13,7 @@ from ..analysis import Concentration, Spectrum, compare, concentration, coverage
 from ..errors import CurvscopeError
 from ..operators import KroneckerOperator, Operator
 from ..problem import Problem
-from ..progress import track
+from ..progress import stage, track
 from .approximations import BEST, RECIPES, Ingredients, Made, mark_twins, operators
 from .findings import DENSE_ROWS, CostRow, Findings, Settings, block_operators
 from .hessian import compare_hessian, hessian_blocks, hessian_ends
@@ -32,6 +32,7 @@ def collect(problem: Problem, settings: Settings) -> Findings:
     for title, step in bar:
         if hasattr(bar, "set_description"):
             bar.set_description(title)
+        stage(title)
         step()
     found.seconds = time.perf_counter() - start
     return found

@@ -30,11 +30,11 @@ def existing(data: str | Path | None, name: str, expected: str) -> Path:
     if data is None:
         raise DataError(
             f"{name!r} reads its data from files and downloads nothing: "
-            f"pass data=FOLDER holding {expected}."
+            f"pass data=FOLDER (on the command line --data FOLDER) holding {expected}."
         )
     path = Path(data).expanduser()
     if not path.exists():
-        raise DataError(f"{name!r}: {path} does not exist; data= must name {expected}.")
+        raise DataError(f"{name!r}: {path} does not exist; data= (--data) must name {expected}.")
     return path
 
 

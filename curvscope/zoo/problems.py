@@ -158,8 +158,8 @@ def _batches(dataset: Dataset, origin: Entry, samples: int | None) -> list[Batch
     count = min(available, origin.samples or available) if samples is None else samples
     if not 1 <= count <= available:
         raise OptionError(
-            f"samples={samples} is not between 1 and the {available} training samples that there "
-            "are."
+            f"samples={samples}: there are {available:,} training samples; take between 1 and "
+            f"{available:,}."
         )
     cuts = range(0, count, origin.chunk)
     return [dataset.train.take(slice(start, min(start + origin.chunk, count))) for start in cuts]

@@ -98,7 +98,7 @@ def test_samples(samples: int) -> None:
 
 @pytest.mark.parametrize("samples", [0, -1, 1542])
 def test_samples_out_of_range(samples: int) -> None:
-    with pytest.raises(OptionError, match="1541"):
+    with pytest.raises(OptionError, match="1,541"):
         zoo.load("digits-mlp", trained=False, samples=samples)
 
 
