@@ -77,18 +77,22 @@ def _losses(runs: dict[str, list[Run]]) -> str:
 def _goals(runs: dict[str, list[Run]]) -> str:
     lines = []
     for name, allowed in ALLOWED.items():
-        gaps = [
-            abs(run["losses"][e] / PUBLISHED[name][e] - 1)
-            for run in _survivors(runs.get(name, []))
-            for e in EPOCHS
-            if e < len(run["losses"])
-        ]
-        if gaps:
-            verdict = "met" if max(gaps) <= allowed else "missed"
-            lines.append(
-                f"- {name}: largest distance from the published row {max(gaps):.1%} "
-                f"(aim: {allowed:.0%}, {verdict})."
-            )
+        survived = _survivors(runs.get(name, []))
+        epochs = [e for e in EPOCHS if survived and e < len(survived[0]["losses"])]
+        if not epochs:
+            continue
+
+        def gap(loss: float, epoch: int, name: str = name) -> float:
+            return loss / PUBLISHED[name][epoch] - 1
+
+        means = [sum(r["losses"][e] for r in survived) / len(survived) for e in epochs]
+        of_means = max((gap(m, e) for m, e in zip(means, epochs, strict=True)), key=abs)
+        single = max((gap(r["losses"][e], e) for r in survived for e in epochs), key=abs)
+        verdict = "met" if abs(of_means) <= allowed else "missed"
+        lines.append(
+            f"- {name}: the mean of the survivors is at most {of_means:+.1%} from the published "
+            f"row (aim: {allowed:.0%}, {verdict}), a single run at most {single:+.1%}."
+        )
     return "\n".join(lines)
 
 
