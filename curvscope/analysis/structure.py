@@ -108,7 +108,7 @@ def eigen_form(op: Operator) -> EigenKroneckerOperator | None:
     if isinstance(op, Scaled | Damped):
         base = eigen_form(op.base)
         if base is not None:
-            found = base.scaled(op.factor) if isinstance(op, Scaled) else base.damped(op.damping)
+            found = base.scaled(op.factor) if isinstance(op, Scaled) else base._shifted(op.damping)
     else:
         found = op
     return found if isinstance(found, EigenKroneckerOperator) else None

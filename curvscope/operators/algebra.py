@@ -168,7 +168,7 @@ class Scaled(Wrapper):
 
             zero = IdentityOperator(self.shape[0], 0.0, dtype=self.dtype, device=self.device)
             return zero._inverse(damping)
-        return self.base.inverse(damping / self.factor).scaled(1.0 / self.factor)
+        return self.base._inverted(damping / self.factor).scaled(1.0 / self.factor)
 
     def _scaled(self, factor: float) -> Operator:
         return self.base.scaled(factor * self.factor)
@@ -219,23 +219,23 @@ class Damped(Wrapper):
     @property
     def blocks(self) -> Mapping[str, Operator]:
         own = self.base.blocks
-        return MappedBlocks(list(own), lambda name: own[name].damped(self.damping))
+        return MappedBlocks(list(own), lambda name: own[name]._shifted(self.damping))
 
     def _inverse(self, damping: float) -> Operator:
-        return self.base.inverse(self.damping + damping)
+        return self.base._inverted(self.damping + damping)
 
     def _scaled(self, factor: float) -> Operator:
-        return self.base.scaled(factor).damped(factor * self.damping)
+        return self.base.scaled(factor)._shifted(factor * self.damping)
 
     def _damped(self, damping: float) -> Operator:
-        return self.base.damped(self.damping + damping)
+        return self.base._shifted(self.damping + damping)
 
     def _plus(self, other: Operator) -> Operator | None:
         joint = self.base._plus(other)
-        return None if joint is None else joint.damped(self.damping)
+        return None if joint is None else joint._shifted(self.damping)
 
     def _restricted(self, index: Tensor, layout: Layout) -> Operator:
-        return self.base._restricted(index, layout).damped(self.damping)
+        return self.base._restricted(index, layout)._shifted(self.damping)
 
 
 def _check_same_parameters(terms: Sequence[Operator]) -> None:

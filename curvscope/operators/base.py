@@ -178,7 +178,14 @@ class Operator(ABC):
         return log_determinant(self.eigenvalues(), self._number(damping, "damping"), self.info.what)
 
     def inverse(self, damping: float = 0.0) -> Operator:
-        """``(self + damping I)^-1`` as an Operator; raises ``SingularError`` if there is none."""
+        """``(self + damping I)^-1`` as an Operator.
+
+        Raises ``SingularError`` if there is none, ``OptionError`` for a negative damping.
+        """
+        return self._inverted(self._damping(damping))
+
+    def _inverted(self, damping: float) -> Operator:
+        """:meth:`inverse` for a shift of either sign, which sums and multiples give."""
         twin = self._inverse(self._number(damping, "damping"))
         shift = f" + {damping:g} I" if damping else ""
         twin = self._derived(twin, f"inverse of ({self.info.what}{shift})")
@@ -187,7 +194,11 @@ class Operator(ABC):
         return twin
 
     def damped(self, damping: float) -> Operator:
-        """``self + damping I``."""
+        """``self + damping I``. Raises ``OptionError`` for a negative damping."""
+        return self._shifted(self._damping(damping))
+
+    def _shifted(self, damping: float) -> Operator:
+        """:meth:`damped` for a shift of either sign, which sums and multiples give."""
         damping = self._number(damping, "damping")
         if damping == 0:
             return self
@@ -300,6 +311,15 @@ class Operator(ABC):
         if not math.isfinite(number):
             raise NonFiniteError(f"{argument}={value!r} is not a finite number.")
         return number
+
+    def _damping(self, value: float) -> float:
+        damping = self._number(value, "damping")
+        if damping < 0:
+            raise OptionError(
+                f"damping={value!r} is negative; damping keeps a matrix away from zero and is at "
+                f"least 0. For a shift write op + IdentityOperator({self.shape[0]}, {damping:g})."
+            )
+        return damping
 
     def _require_covered(self, action: str) -> None:
         if self.uncovered:

@@ -150,14 +150,14 @@ class BlockDiagonalOperator(Operator):
     def _inverse(self, damping: float) -> Operator:
         rest = 0.0
         if self._free_rows() and (self._mode == "zero" or self._rest + damping != 0):
-            rest = IdentityOperator(1, self._rest, info=self.info).inverse(damping).trace()
-        return self._map(lambda block: block.inverse(damping), rest)
+            rest = IdentityOperator(1, self._rest, info=self.info)._inverted(damping).trace()
+        return self._map(lambda block: block._inverted(damping), rest)
 
     def _scaled(self, factor: float) -> Operator:
         return self._map(lambda block: block.scaled(factor), factor * self._rest)
 
     def _damped(self, damping: float) -> Operator:
-        return self._map(lambda block: block.damped(damping), self._rest + damping)
+        return self._map(lambda block: block._shifted(damping), self._rest + damping)
 
     def _plus(self, other: Operator) -> Operator | None:
         if not isinstance(other, BlockDiagonalOperator) or not self.same_blocks(other):

@@ -171,7 +171,7 @@ class IdentityOperator(Operator):
         return self._like(self.scale + damping)
 
     def _plus(self, other: Operator) -> Operator | None:
-        return other.damped(self.scale)
+        return other._shifted(self.scale)
 
     def _restricted(self, index: Tensor, layout: Layout) -> Operator:
         return IdentityOperator(len(index), self.scale, dtype=self.dtype, device=self.device)

@@ -332,7 +332,11 @@ def _() -> Iterator[tuple[str, Operator, Tensor]]:
     G, A, V = spd(3, seed=22), spd(4, seed=23), randn(SIZE, 3, seed=24)
     yield "kronecker", KroneckerOperator(G, A).damped(0.3), torch.kron(G, A) + 0.3 * eye
     yield "lowrank", LowRankOperator(V).damped(0.7), V @ V.T + 0.7 * eye
-    yield "twice", LowRankOperator(V).damped(0.7).damped(-0.2), V @ V.T + 0.5 * eye
+    yield (
+        "twice",
+        LowRankOperator(V).damped(0.7) + IdentityOperator(SIZE, -0.2),
+        V @ V.T + 0.5 * eye,
+    )
     inverse = torch.linalg.inv(V @ V.T + 0.7 * eye)
     yield "woodbury", LowRankOperator(V, layout=LAYOUT).inverse(0.7), inverse
     yield "cancelling", Damped(IdentityOperator(SIZE, 1.0, dtype=torch.float64), -1.0), 0 * eye

@@ -7,6 +7,7 @@ import pytest
 import scipy.sparse
 import torch
 
+import curvscope as cs
 from curvscope import memory
 from curvscope.errors import MemoryLimitError, NonFiniteError, OptionError, ShapeError
 from curvscope.operators import (
@@ -173,3 +174,17 @@ def test_wrappers_keep_refusing() -> None:
     op = Scaled(DenseOperator(spd(3)), 2.0)
     with pytest.raises(ShapeError, match=r"\[3\] or \[3, k\]"):
         op @ randn(4)
+
+
+@pytest.mark.parametrize("op", [DenseOperator(torch.eye(3)), DiagonalOperator(torch.ones(3))])
+def test_negative_damping_is_refused_and_a_shift_offered(op: cs.operators.Operator) -> None:
+    for call in (op.damped, op.inverse):
+        with pytest.raises(OptionError, match=r"damping=-0\.5 is negative.*IdentityOperator\(3"):
+            call(-0.5)
+        with pytest.raises(NonFiniteError, match="damping"):
+            call(float("nan"))
+    shifted = op + IdentityOperator(3, -0.5)
+    assert torch.equal(shifted.dense(), 0.5 * torch.eye(3))
+    assert torch.allclose(shifted.inverse(0.5).dense(), torch.eye(3))
+    assert torch.allclose((-1.0 * op).damped(3.0).inverse().dense(), 0.5 * torch.eye(3))
+    assert torch.allclose((-1.0 * op).inverse(3.0).dense(), 0.5 * torch.eye(3))

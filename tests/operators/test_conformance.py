@@ -17,6 +17,7 @@ import curvscope.operators
 from curvscope.errors import NonFiniteError, NotDefinedError, OptionError, ShapeError, SingularError
 from curvscope.operators import (
     FunctionOperator,
+    IdentityOperator,
     KroneckerOperator,
     MatrixView,
     Operator,
@@ -226,7 +227,8 @@ def test_logdet(case: Case) -> None:
 @CASES
 def test_damped(case: Case) -> None:
     for damping in (0.25, -0.5, 0.0):
-        damped = case.op.damped(damping)
+        shift = IdentityOperator(case.op.shape[0], damping, dtype=case.op.dtype)
+        damped = case.op.damped(damping) if damping >= 0 else case.op + shift
         wanted = case.truth + damping * EYE
         close(damped.dense(), wanted)
         close(damped.diagonal(), wanted.diagonal())
@@ -294,7 +296,7 @@ def test_positive_semidefinite_is_true_only_where_it_is(case: Case) -> None:
     for op, truth in (
         (case.op, case.truth),
         (-case.op, -case.truth),
-        (case.op.damped(-5.0), case.truth - 5 * EYE),
+        (case.op + IdentityOperator(case.op.shape[0], -5.0), case.truth - 5 * EYE),
         (case.op + case.op, 2 * case.truth),
     ):
         if op.positive_semidefinite:
