@@ -206,16 +206,19 @@ def _rest(op: Operator) -> float:
 
 
 def damping_of(
-    op: Operator, name: str, damping: float | Mapping[str, float] | None
+    op: Operator, name: str, damping: float | Mapping[str, float] | None, block: str | None = None
 ) -> tuple[float | None, bool]:
     """The damping to compare under, and whether the approximation contains it already.
 
-    ``None`` takes what the approximation says of itself: ``info.settings["damping"]``, and
-    ``info.settings["damped"]`` where it is part of the matrix.
+    ``None`` takes what the approximation says of itself: ``info.settings["damping"]``, a number or
+    one per block (the whole matrix then has none), and ``info.settings["damped"]`` where it is part
+    of the matrix.
     """
     settings = op.info.settings
     given = damping.get(name) if isinstance(damping, Mapping) else damping
     own = settings.get("damping")
+    if isinstance(own, Mapping):
+        own = own.get(block)
     inside = settings.get("damped") is True
     if given is None:
         return float(own) if isinstance(own, int | float) else None, inside

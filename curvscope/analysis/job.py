@@ -40,7 +40,9 @@ class Job:
         self.reference, self.others = reference, others
         self.gradient, self.metrics, self.limits = gradient, metrics, limits
         self.best_in_class, self.thorough = best_in_class, thorough
-        self.dampings = {name: damping_of(op, name, damping) for name, op in others.items()}
+        self.damping = damping
+        for name, op in others.items():
+            damping_of(op, name, damping)  # refused before anything is computed
         self.rows: list[Row] = []
         self.references: list[ReferenceBlock] = []
         self.parts: list[tuple[tuple[str, ...], Facts]] = []
@@ -105,7 +107,7 @@ class Job:
             row = Row(name, other, found.status, facts.size, "", note=found.note)
             self.rows.append(row)
             return
-        damping, inside = self.dampings[other]
+        damping, inside = damping_of(op, other, self.damping, name)
         pair = Pair(
             facts,
             Facts(found.op, self.limits),
@@ -132,7 +134,7 @@ class Job:
                 note = "one of its blocks, or of the reference's, could not be had"
                 self.rows.append(Row(WHOLE, other, "failed", facts.size, family(op), note=note))
                 continue
-            self._compare_whole(other, whole(op), facts, nearest)
+            self._compare_whole(other, op, facts, nearest)
         if facts.size and not (facts.known or facts.complete or "probes" in vars(facts)):
             return
         self.references.append(self._describe(WHOLE, facts, nearest, found.op))
@@ -141,12 +143,13 @@ class Job:
         self._check_tolerance(facts)
 
     def _compare_whole(
-        self, other: str, found: Part, facts: WholeFacts, nearest: WholeNearest
+        self, other: str, op: Operator, facts: WholeFacts, nearest: WholeNearest
     ) -> None:
+        found = whole(op)
         if found.op is None:
             self.rows.append(Row(WHOLE, other, "uncovered", facts.size, "", note=found.note))
             return
-        damping, inside = self.dampings[other]
+        damping, inside = damping_of(op, other, self.damping)
         pair = WholePair(
             facts,
             Facts(found.op, self.limits),

@@ -30,7 +30,27 @@ def remarks(
             if row.status == "failed" and row.block != WHOLE:
                 found.append(f"{name} on {place(row.block)} failed: {row.note}")
         found += _scale(name, own)
-    return list(dict.fromkeys([*found, *_uncovered(approximations)]))
+    return list(dict.fromkeys([*found, *_damped(approximations), *_uncovered(approximations)]))
+
+
+def _damped(approximations: Mapping[str, Operator]) -> list[str]:
+    """A sentence on matrices that contain a damping of their own."""
+    settings = {name: op.info.settings for name, op in approximations.items()}
+    names = [n for n, s in settings.items() if s.get("damped") is True and s.get("damping")]
+    if not names:
+        return []
+    one = len(names) == 1
+    found = (
+        f"{listing(names)} {'contains its' if one else 'contain their'} damping, which errors and "
+        "scales count as part of the matrix; steps are compared with the reference damped alike."
+    )
+    varying = [n for n in names if isinstance(settings[n]["damping"], Mapping)]
+    if varying:
+        found += (
+            f" That of {listing(varying)} differs between blocks: the whole reference is not "
+            "damped unless damping= is given."
+        )
+    return [found]
 
 
 AS_ZERO = "as zero in the whole matrix."

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import OptionError, check_option
 from ..layers import Call, Scale
@@ -83,16 +83,29 @@ def rademacher(size: int, probes: int, generator: torch.Generator, like: Tensor)
     return (2 * bits - 1).mT.to(like)
 
 
+def kernel_axes(problem: Problem) -> dict[str, int]:
+    """Parameter -> how many of its last axes are positions of a convolution's kernel."""
+    modules = dict(problem.model.named_modules())
+    found = {}
+    for spec in problem.layout:
+        layer = modules.get(spec.name.rpartition(".")[0])
+        kernel = len(getattr(layer, "kernel_size", ()))
+        convolution = isinstance(layer, nn.modules.conv._ConvNd)
+        found[spec.name] = kernel if convolution and len(spec.shape) == kernel + 2 else 0
+    return found
+
+
 def spatial_average(vector: Tensor, problem: Problem) -> Tensor:
-    """Average convolution weights (three axes and more) over their kernel positions.
+    """Average the weights of convolutions over their kernel positions, as cs.optim.AdaHessian does.
 
     ``vector`` is ``[P]`` or ``[P, k]``. Source: AdaHessian (Yao et al. 2021, section 3.2).
     """
     result = vector.clone()
+    axes = kernel_axes(problem)
     for spec, rows in zip(problem.layout, problem.layout.slices().values(), strict=True):
-        if len(spec.shape) < 3:
+        if not axes[spec.name]:
             continue
-        kernel = math.prod(spec.shape[2:])
+        kernel = math.prod(spec.shape[-axes[spec.name] :])
         part = vector[rows].reshape(-1, kernel, *vector.shape[1:])
         result[rows] = part.mean(1, keepdim=True).expand_as(part).reshape(vector[rows].shape)
     return result
@@ -168,9 +181,9 @@ def hutchinson_diagonal(
 
 
 def min_max(x: Tensor) -> Tensor:
-    """AdaFisher's normalisation ``(x - min x) / (max x - min x + 1e-6)`` of each vector."""
-    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
-    return (x - low) / (high - low + 1e-6)
+    """AdaFisher's normalisation ``(x - min x) / (max x - min x + 1e-6)``, all groups together."""
+    low = x.min()
+    return (x - low) / (x.max() - low + 1e-6)
 
 
 @plain_mode()

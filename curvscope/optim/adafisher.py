@@ -316,6 +316,9 @@ class AdaFisher(CurvatureOptimizer):
         F = self._vector(block, lambda p: self._block_denominator(layer, p))
         return DiagonalOperator(F if kind == "damped" else 1 / F)
 
+    def _damping(self, block: str) -> float | None:
+        return self._common(block, "damping")
+
     def _block_denominator(self, layer: Layer, p: nn.Parameter) -> Tensor:
         return self._denominator(layer, p, self.group_of(p)["damping"])
 

@@ -357,6 +357,9 @@ class AdaHessian(EveryParameter):
         F = torch.cat([r.reshape(-1) for r in raw])
         return DiagonalOperator(1 / F if kind == "preconditioner" else F)
 
+    def _damping(self, block: str) -> float | None:
+        return self._common(block, "eps")
+
     def _factors(self, block: str) -> dict[str, Tensor]:
         """``D``: the root mean square of the estimates ``[d]``, in parameter order."""
         parts = []

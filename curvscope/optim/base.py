@@ -147,6 +147,11 @@ class CurvatureOptimizer(Inspection, torch.optim.Optimizer):
         """The parameter group of a parameter."""
         return next(g for g in self.param_groups if any(p is parameter for p in g["params"]))
 
+    def _common(self, block: str, option: str) -> float | None:
+        """An option of the groups of a block's parameters, where it is the same for all."""
+        found = {float(self.group_of(self.params[n])[option]) for n in self.blocks[block]}
+        return found.pop() if len(found) == 1 else None
+
     @property
     def factor_dtype(self) -> torch.dtype:
         """That of the parameters, float32 at least."""

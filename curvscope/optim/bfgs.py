@@ -18,6 +18,7 @@ from ..errors import SingularError
 _ROOT_HALF = math.sqrt(0.5)
 _ROUNDINGS, _REPEATS = 20, 4  # a secant residual above so many roundings is removed
 _SHRUNK = 2  # a matrix that was larger by this factor may have lost definiteness to rounding
+_ASKEW = 30  # so may one that learned from s and y with ||s|| ||y|| above so many s^T y
 SKIP = 1e-4  # an update is skipped if s^T y <= SKIP * s^T s * ||gradient||
 
 
@@ -130,13 +131,17 @@ def guarded_update(
 ) -> tuple[Tensor, Tensor]:
     """:func:`bfgs_update`, kept sound in floating point; returns where it was done, and ``peak``.
 
-    Where ``H`` was much larger before, its rounding errors are not small beside what is left of it.
-    Negative eigenvalues that they bring are removed (:func:`keep_definite`), and where they leave
-    ``H y = s`` unmet, the same update again takes that away. Usually there is nothing to do.
+    Where ``H`` was much larger before, its rounding errors are not small beside what is left of it,
+    and where ``s`` and ``y`` are nearly orthogonal, the update multiplies them by the square of
+    ``||s|| ||y|| / s^T y``. Negative eigenvalues that they bring are removed
+    (:func:`keep_definite`), and where they leave ``H y = s`` unmet, the same update again takes
+    that away. Usually there is nothing to do.
     """
     accepted = left = bfgs_update(H, s, y, norm)
+    length = s.norm(dim=-1, keepdim=True) * y.norm(dim=-1, keepdim=True)
+    askew = accepted & (length > _ASKEW * dot(s, y))
     for _ in range(_REPEATS):
-        peak = keep_definite(H, peak)
+        peak = keep_definite(H, peak, askew)
         size = largest_diagonal(H) * y.norm(dim=-1, keepdim=True)
         limit = _ROUNDINGS * torch.finfo(H.dtype).eps * size
         left = left & ((s - times(H, y)).norm(dim=-1, keepdim=True) > limit)
@@ -146,16 +151,17 @@ def guarded_update(
     return accepted, peak
 
 
-def keep_definite(H: Tensor, peak: Tensor) -> Tensor:
+def keep_definite(H: Tensor, peak: Tensor, doubtful: Tensor | bool = False) -> Tensor:
     """Remove negative eigenvalues that rounding has left behind, in place; returns the new peak.
 
     ``peak`` ``[groups, 1]`` is the largest diagonal entry since the last time it was looked. The
     errors in ``H`` are of the size of the rounding of ``peak``: as long as ``H`` is not much
-    smaller, nothing is done. Cost: one Cholesky decomposition where it has become so, one
+    smaller, nothing is done, except to groups that are ``doubtful`` ``[groups, 1]`` for another
+    reason. Cost: one Cholesky decomposition where it has become so, one
     eigen-decomposition where that fails.
     """
     now = largest_diagonal(H)
-    shrunk = now < peak / _SHRUNK
+    shrunk = (now < peak / _SHRUNK) | doubtful
     if not bool(shrunk.any()):
         return torch.maximum(peak, now)
     for g in shrunk.flatten().nonzero().flatten().tolist():

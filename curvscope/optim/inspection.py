@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -38,6 +38,11 @@ class Inspection:
         """The block's ``"preconditioner"``, ``"damped"`` or ``"raw"`` curvature, or ``None``."""
         return None
 
+    def _damping(self, block: str) -> float | None:
+        """The multiple of the identity that ``"damped"`` adds to ``"raw"``, as far as it is one
+        number: what ``cs.compare`` adds to the exact matrix."""
+        return None
+
     def _factors(self, block: str) -> dict[str, Tensor]:
         """The named factors of a block; only called where :meth:`_operator` gives one."""
         return {}
@@ -53,7 +58,9 @@ class Inspection:
 
         ``damped=True``: exactly the inverse of :meth:`preconditioner`; ``damped=False``: from the
         raw factors. Blocks that the fallback updates, or that have not been seen yet, are in
-        ``uncovered``, with reasons in ``info.settings["uncovered"]``.
+        ``uncovered``, with reasons in ``info.settings["uncovered"]``; before the first step these
+        are all. ``info.settings`` also holds the ``"damping"`` (a mapping from blocks where they
+        differ) and whether the matrix is ``"damped"``, for ``cs.compare``.
         """
         return self._assemble("damped" if damped else "raw")
 
@@ -63,12 +70,7 @@ class Inspection:
 
     def _assemble(self, kind: str) -> BlockDiagonalOperator:
         title = {"preconditioner": "preconditioner", "damped": "curvature", "raw": "raw curvature"}
-        info = Provenance(
-            what=f"{self.method} {title[kind]}",
-            route="optimizer",
-            exact=False,
-            settings={"uncovered": {}, "steps": self.steps},
-        )
+        info = Provenance(what=f"{self.method} {title[kind]}", route="optimizer", exact=False)
         blocks: dict[str, Operator] = {}
         missing: dict[str, str] = {}
         for name, members in self.blocks.items():
@@ -76,13 +78,26 @@ class Inspection:
             if op is None:
                 missing[name] = self._why_not(name)
             else:
-                op.layout, op.info = self.layout.restrict(members), info
+                op.layout = self.layout.restrict(members)
+                op.info = info.with_(settings=self._settings(kind, [name]))
                 blocks[name] = op
-        info = info.with_(settings={"uncovered": missing, "steps": self.steps})
+        info = info.with_(settings={"uncovered": missing, **self._settings(kind, list(blocks))})
         op = BlockDiagonalOperator(blocks, self.layout, self.blocks, info=info)
         if not blocks:
             op.dtype, op.device = torch.promote_types(self.dtype, torch.float32), self.device
         return op
+
+    def _settings(self, kind: str, blocks: Sequence[str]) -> dict[str, Any]:
+        """What ``cs.compare`` reads: steps taken, the damping, and whether it is in the matrix."""
+        found: dict[str, Any] = {"steps": self.steps}
+        if kind == "preconditioner":
+            return found
+        own = {name: self._damping(name) for name in blocks}
+        each: dict[str, float] = {name: value for name, value in own.items() if value is not None}
+        if each:
+            same = len(each) == len(own) and len(set(each.values())) == 1
+            found["damping"] = next(iter(each.values())) if same else each
+        return {**found, "damped": kind == "damped"}
 
     def _why_not(self, block: str) -> str:
         if block in self._reasons:

@@ -247,6 +247,7 @@ class KBFGS(CurvatureOptimizer):
                 elif not state.pop("warm", False):
                     state["A"] = moment.clone()
                 kbfgs_block.begin(state, layer, self.memory, self._eps(layer))
+            state["refreshed"] = self.steps
             gradient = self._gradient(layer)
             state["M"].lerp_(gradient, 1 - self.group_of(layer.weight)["momentum"])
             update = updates[block] = kbfgs_block.direction(state)
@@ -304,12 +305,16 @@ class KBFGS(CurvatureOptimizer):
             state = {"A": state["A"]}
             kbfgs_block.begin(state, layer, self.memory, self._eps(layer))
         H_g, H_a = kbfgs_block.output_inverse(state), state["H_a"]
-        if kind == "preconditioner":
+        if kind == "preconditioner":  # copies: later steps change the state in place
+            H_g, H_a = H_g.clone(), H_a.clone()
             return KroneckerOperator(H_g, H_a, layer.view, positive_semidefinite=True)
-        A = state["A"] if kind == "raw" else kbfgs_block.exact_inverse(H_a, block)
+        A = state["A"].clone() if kind == "raw" else kbfgs_block.exact_inverse(H_a, block)
         return KroneckerOperator(
             kbfgs_block.exact_inverse(H_g, block), A, layer.view, positive_semidefinite=True
         )
+
+    def _damping(self, block: str) -> float:
+        return float(self.group_of(self.layers[block].weight)["damping"])
 
     def _factors(self, block: str) -> dict[str, Tensor]:
         preconditioner, raw = self._operator(block, "preconditioner"), self._operator(block, "raw")
@@ -320,13 +325,14 @@ class KBFGS(CurvatureOptimizer):
         state = self.block_state(block)
         if "M" not in state:
             return {}
-        return kbfgs_block.diagnose(state, self._last.get(block, {}), self._eigenvalues)
+        age = {"age": self.steps - 1 - state["refreshed"]}
+        return age | kbfgs_block.diagnose(state, self._last.get(block, {}), self._eigenvalues)
 
     def diagnostics(self, *, eigenvalues: bool = True) -> Rows:
-        """One row per block: counts since the beginning (``updates``, ``skipped``,
-        ``damped_on_inverse`` for step 5a, ``damped_on_identity`` for 5b, ``skipped_input`` for
-        ``H_a``, ``not_finite`` pairs), and of the last step ``sy_ss_before`` and ``sy_ss_after``
-        damping, ``secant_residual`` ``||H_g y - s||`` and ``secant_residual_input``, the ``angle``
+        """One row per block: the ``age`` of the factors in steps; counts since the beginning
+        (``updates``, ``skipped``, ``damped_on_inverse`` for step 5a, ``damped_on_identity`` for 5b,
+        ``skipped_input`` for ``H_a``, ``not_finite`` pairs); and of the last step ``sy_ss_before``
+        and ``sy_ss_after`` damping, ``secant_residual`` ``||H_g y - s||`` and ``secant_residual_input``, the ``angle``
         between update and gradient in degrees, ``update_norm``; with ``eigenvalues`` (O(n^3)) the
         extreme ones of ``H_g`` and ``H_a`` and the preconditioner's ``condition``.
         """

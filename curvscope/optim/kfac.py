@@ -241,8 +241,7 @@ class KFAC(CurvatureOptimizer):
                 self._invert(block, state)
 
     def _invert(self, block: str, state: dict[str, Any]) -> None:
-        damping = float(self.group_of(self.layers[block].weight)["damping"])
-        H_g, H_a = damped_inverses(state["G"], state["A"], damping, self.split)
+        H_g, H_a = damped_inverses(state["G"], state["A"], self._damping(block), self.split)
         state.update(H_g=H_g, H_a=H_a, age=0)
 
     @torch.no_grad()
@@ -337,13 +336,16 @@ class KFAC(CurvatureOptimizer):
         if "H_a" not in state:  # warm, but before the first step
             state = dict(state)
             self._invert(block, state)
-        if kind == "raw":
-            G, A = state["G"], state["A"]
+        if kind == "raw":  # copies: later steps change the state in place
+            G, A = state["G"].clone(), state["A"].clone()
         elif kind == "preconditioner":
-            G, A = state["H_g"], state["H_a"]
+            G, A = state["H_g"].clone(), state["H_a"].clone()
         else:
             G, A = exact_inverse(state["H_g"], block), exact_inverse(state["H_a"], block)
         return KroneckerOperator(G, A, layer.view, positive_semidefinite=True)
+
+    def _damping(self, block: str) -> float:
+        return float(self.group_of(self.layers[block].weight)["damping"])
 
     def _factors(self, block: str) -> dict[str, Tensor]:
         raw, inverse = self._operator(block, "raw"), self._operator(block, "preconditioner")

@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..errors import OptionError
-from ..operators import LowRankOperator, Operator, Provenance
+from ..errors import OptionError, UnknownBlockError, nearest
+from ..operators import Damped, LowRankOperator, Operator, Provenance
+from ..operators.blocks import MappedBlocks
 from .checks import finite, non_negative, whole_number
 from .diagnosing import angle, first_bad_layer
 from .every_parameter import EveryParameter
@@ -50,6 +51,36 @@ def solve_positive(K: Tensor, right: Tensor, least: float) -> Tensor:
         return torch.cholesky_solve(right.unsqueeze(1), factor).squeeze(1)
     values, vectors = torch.linalg.eigh(K)
     return vectors @ ((vectors.mT @ right) / values.clamp_min(least))
+
+
+class Window(LowRankOperator):
+    """A matrix of low rank over all parameters that gives its diagonal blocks on demand."""
+
+    members: dict[str, tuple[str, ...]]
+
+    @property
+    def blocks(self) -> Mapping[str, Operator]:
+        return MappedBlocks(list(self.members), self._block)
+
+    def _block(self, name: str) -> Operator:
+        if name not in self.members:
+            raise UnknownBlockError(
+                f"There is no block {name!r}.{nearest(str(name), self.members)} "
+                f"Blocks are {', '.join(map(repr, self.members))}."
+            )
+        return self.restrict(self.members[name])
+
+    def inverted(self, damping: float) -> Operator:
+        """``(self + damping I)^-1``, whose blocks are those of the inverse."""
+        found, shift = self.inverse(damping), 0.0
+        if isinstance(found, Damped) and isinstance(found.base, LowRankOperator):
+            V, weights, shift = *found.base.factors.values(), found.damping
+        else:  # as many gradients as parameters
+            values, V = self.eigh()
+            weights = 1 / (values.clamp_min(0) + damping)
+        inverse = Window(V, weights, layout=self.layout, info=self.info)
+        inverse.members, inverse.positive_semidefinite = self.members, None
+        return inverse.damped(shift).with_info(what=self.info.what) if shift else inverse
 
 
 class MFAC(EveryParameter):
@@ -206,33 +237,33 @@ class MFAC(EveryParameter):
         """``F`` over all parameters; ``damped=False``: ``(1/m) sum_i g_i g_i^T``, of low rank."""
         if not self._window:
             return super().curvature(damped=damped)
-        raw = self._raw()
-        return raw.damped(self.damping) if damped else raw
+        return self._whole("damped" if damped else "raw")
 
     def preconditioner(self) -> Operator:  # type: ignore[override]
         """``F^-1``, as applied to the averaged gradient."""
         if not self._window:
             return super().preconditioner()
-        return self._raw().inverse(self.damping)
+        return self._whole("preconditioner")
 
-    def _raw(self) -> LowRankOperator:
+    def _whole(self, kind: str) -> Operator:
+        """Raw and damped curvature and its inverse: low rank, and a multiple of the identity."""
         V = self._views(min(self.steps, self.memory))[0].clone()
-        info = Provenance(
-            what="M-FAC curvature",
-            route="optimizer",
-            exact=False,
-            settings={"uncovered": {}, "steps": self.steps, "gradients": len(V)},
-        )
-        weights = V.new_full((len(V),), 1 / len(V))
-        return LowRankOperator(V.mT, weights, layout=self.layout, info=info)
+        settings = {"uncovered": {}, "gradients": len(V), **self._settings(kind, list(self.blocks))}
+        what = f"{self.method} {'preconditioner' if kind == 'preconditioner' else 'curvature'}"
+        info = Provenance(what=what, route="optimizer", exact=False, settings=settings)
+        raw = Window(V.mT, V.new_full((len(V),), 1 / len(V)), layout=self.layout, info=info)
+        raw.members = dict(self.blocks)
+        if kind == "raw":
+            return raw
+        return raw.damped(self.damping) if kind == "damped" else raw.inverted(self.damping)
+
+    def _damping(self, block: str) -> float:
+        return self.damping
 
     def _operator(self, block: str, kind: str) -> Operator | None:
         if not self._window:
             return None
-        raw = self._raw()
-        whole = {"raw": raw, "damped": raw.damped(self.damping)}.get(kind)
-        whole = raw.inverse(self.damping) if whole is None else whole
-        return whole.restrict(self.blocks[block])
+        return self._whole(kind).restrict(self.blocks[block])
 
     def _factors(self, block: str) -> dict[str, Tensor]:
         """``V``: the window's gradients in the block's parameters ``[m, d]``, in no order."""
