@@ -21,6 +21,7 @@ from .plotting.bars import plot_comparison, plot_cost
 from .plotting.checks import plot_verification
 from .plotting.coverage import plot_coverage
 from .plotting.discs import plot_fourier, plot_gershgorin, plot_scree
+from .plotting.local import plot_gradient_noise, plot_local_model
 from .plotting.matrices import plot_blocks, plot_factors, plot_matrix
 from .plotting.shares import plot_bands, plot_diagonal_shares
 from .plotting.spectra import plot_histogram, plot_spectra
@@ -37,7 +38,9 @@ __all__ = [
     "plot_factors",
     "plot_fourier",
     "plot_gershgorin",
+    "plot_gradient_noise",
     "plot_histogram",
+    "plot_local_model",
     "plot_matrix",
     "plot_scree",
     "plot_spectra",
@@ -58,6 +61,8 @@ _KINDS: dict[str, dict[str, Callable[..., Any]]] = {
     },
     "Coverage": {"matrix": plot_coverage},
     "Verification": {"checks": plot_verification},
+    "GradientNoise": {"batch sizes": plot_gradient_noise},
+    "LocalModel": {"ratio": plot_local_model},
 }
 
 

@@ -71,7 +71,11 @@ def gradient_noise(
       2018, sections 2 and 3; their constants are the defaults).
 
     Covariances are over the samples of the problem, with ``n - 1``. Everything without ``probes``
-    is exact. Cost: two passes over the data and one product with the matrix of second moments
+    is exact. ``seed`` is that of the probes.
+
+    Source: arXiv 1812.06162 for the noise scales; the papers above for the tests.
+
+    Cost: two passes over the data and one product with the matrix of second moments
     (three products more per probe). Raises ``DataError`` for a single sample and
     ``BatchNormError`` where samples of a batch have no gradients of their own.
     """

@@ -211,6 +211,7 @@ def environment(device: str) -> dict[str, Any]:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
+    versions["torch"] = str(torch.__version__)  # with its build, which package metadata may lack
     found: dict[str, Any] = {
         "versions": versions,
         "system": f"{platform.system()} {platform.machine()}",

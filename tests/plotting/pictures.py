@@ -12,6 +12,8 @@ from curvscope.analysis import concentration, spectrum
 from curvscope.analysis.checks import CURVSCOPE, OTHERS, Check
 from curvscope.analysis.comparison import Comparison, ReferenceBlock, Row
 from curvscope.analysis.coverage import Cell, Coverage, ParameterRow
+from curvscope.analysis.local import LocalModel
+from curvscope.analysis.noise import GradientNoise
 from curvscope.analysis.verify import Verification
 from curvscope.operators import DenseOperator, KroneckerOperator
 
@@ -150,6 +152,39 @@ def verification() -> Verification:
     )
 
 
+def noise() -> GradientNoise:
+    return GradientNoise(
+        samples=500,
+        gradient_norm=0.3,
+        variance=4.0,
+        noise_scale=44.0,
+        curvature_noise_scale=61.0,
+        curvature_noise_scale_stderr=9.0,
+        norm_test=55.0,
+        inner_product_test=3.0,
+        orthogonality_test=1.2,
+    )
+
+
+def local() -> LocalModel:
+    """Ratios inside and outside of the picture, and one that is not defined."""
+    lengths = torch.logspace(-3, 1, 9, dtype=torch.float64)
+    predicted = lengths - lengths**2 / 4
+    actual = lengths - 0.3 * lengths**2
+    predicted[4] = 0
+    return LocalModel(
+        of="GGN",
+        gradient_norm=1.0,
+        slope=-1.0,
+        curvature=0.5,
+        radius=0.4,
+        lengths=lengths,
+        residuals=0.1 * lengths**2,
+        actual=actual * torch.where(lengths > 5, 20, 1),
+        predicted=predicted,
+    )
+
+
 @functools.cache
 def pictures() -> dict[str, object]:
     """A call per picture, each returning axes."""
@@ -171,5 +206,7 @@ def pictures() -> dict[str, object]:
         "matrix": lambda **k: cplot.plot(DenseOperator(symmetric(6)), **k),
         "verification": lambda **k: verification().plot(**k),
         "coverage": lambda **k: coverage().plot(**k),
+        "gradient noise": lambda **k: noise().plot(**k),
+        "local model": lambda **k: local().plot(**k),
         "cost": lambda **k: cplot.plot_cost({"a": 0.004, "b": 12.0}, **k),
     }
