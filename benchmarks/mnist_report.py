@@ -172,7 +172,7 @@ def _figure(runs: dict[str, list[Run]], path: Path) -> None:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(10.5, 3.6), layout="constrained")
     FigureCanvasSVG(figure)
     left, right = figure.subplots(1, 2, sharey=True)
     for k, (name, each) in enumerate(n for n in runs.items() if not n[0].endswith("2 epochs")):
@@ -191,5 +191,5 @@ def _figure(runs: dict[str, list[Run]], path: Path) -> None:
         axes.grid(alpha=0.3, which="both")
         axes.yaxis.set_major_formatter("{x:.0f}")
         axes.yaxis.set_minor_formatter("{x:.0f}")
-    left.legend(frameon=False, fontsize=8)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", frameon=False)
     figure.savefig(path, metadata={"Date": None})

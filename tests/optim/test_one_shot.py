@@ -11,7 +11,6 @@ import curvscope as cs
 
 from .kronecker_cases import labels, normal, relative, seeded
 
-
 PROBES = 300
 
 
