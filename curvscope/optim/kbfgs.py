@@ -333,8 +333,9 @@ class KBFGS(CurvatureOptimizer):
         (``updates``, ``skipped``, ``damped_on_inverse`` for step 5a, ``damped_on_identity`` for 5b,
         ``skipped_input`` for ``H_a``, ``not_finite`` pairs); and of the last step ``sy_ss_before``
         and ``sy_ss_after`` damping, ``secant_residual`` ``||H_g y - s||`` and
-        ``secant_residual_input``, the ``angle`` between update and gradient in degrees, ``update_norm``; with ``eigenvalues`` (O(n^3)) the
-        extreme ones of ``H_g`` and ``H_a`` and the preconditioner's ``condition``.
+        ``secant_residual_input``, the ``angle`` between update and gradient in degrees,
+        ``update_norm``; with ``eigenvalues`` (O(n^3)) the extreme ones of ``H_g`` and ``H_a`` and
+        the preconditioner's ``condition``.
         """
         self._eigenvalues = eigenvalues
         return super().diagnostics()
