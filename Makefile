@@ -6,6 +6,7 @@
 #
 #   make report PROBLEM=digits-resnet OUT=somewhere      another problem, another folder
 #   make test TORCH="torch==2.13.0"                      another build of PyTorch
+#   make bench [DATA=folder with MNIST]                 the tables of benchmarks/results/
 
 PYTHON  ?= python3
 VENV    ?= .venv
@@ -29,7 +30,7 @@ DEV   := $(VENV)/.installed-dev-$(TAG)
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '1,8s/^# \{0,1\}//p' Makefile
+	@sed -n '1,9s/^# \{0,1\}//p' Makefile
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -68,10 +69,13 @@ types: $(DEV)
 unit: $(DEV)
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST)
 
-bench: $(BASE)
-	@ls benchmarks/bench_*.py >/dev/null 2>&1 || { echo "benchmarks/ holds no bench_*.py"; exit 1; }
-	@for file in benchmarks/bench_*.py; do \
-	  echo "== $$file"; $(BIN)/python $$file $(if $(DATA),--data "$(DATA)") || exit 1; done
+# Tables of benchmarks/results/; peers that are installed are measured beside curvscope.
+BENCHMARKS ?= blocks optimizers products $(if $(DATA),kbfgs_mnist)
+bench: $(DEV)
+	@for name in $(BENCHMARKS); do \
+	  echo "== $$name"; \
+	  $(BIN)/python benchmarks/$$name.py $$(test $$name = kbfgs_mnist && echo --data "$(DATA)") \
+	  || exit 1; done
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info

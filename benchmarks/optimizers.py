@@ -1,15 +1,18 @@
 """Cost of a step and memory of the optimizers, against Adam and against ``pytorch_optimizer``.
 
-    python benchmarks/optimizers.py [--threads 2] [--rounds 15]
+    python benchmarks/optimizers.py [--threads 2] [--rounds 15] [--cases autoencoder gpt ...]
 
 A step is timed with everything that it needs (forward and backward passes included) on random data
 of the real shapes, in interleaved rounds; ratios are medians over rounds. Memory is what an
-optimizer keeps between steps, beside what its method needs by counting.
+optimizer keeps between steps, beside what its method needs by counting. The rows of each network
+are kept in ``results/optimizers.json``, so that networks can be measured one by one.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
+import json
 import math
 import statistics
 from collections.abc import Callable
@@ -39,12 +42,15 @@ class Method:
     warm_up: int = 3
 
 
-def ours() -> list[Method]:
+def ours(pairs: int) -> list[Method]:
     optim = cs.optim
     return [
         Method("K-BFGS", lambda m: optim.KBFGS(m, 1e-4, 0.3)),
         Method(
-            "K-BFGS(L), 100 pairs", lambda m: optim.KBFGS(m, 1e-4, 0.3, memory=100), "backward", 105
+            f"K-BFGS(L), {pairs} pairs",
+            lambda m: optim.KBFGS(m, 1e-4, 0.3, memory=pairs),
+            "backward",
+            pairs + 5,
         ),
         Method("K-FAC", lambda m: optim.KFAC(m, 1e-4, 0.3), "backward", 21),
         Method("AdaFisher", lambda m: optim.AdaFisher(m, 1e-5)),
@@ -133,7 +139,7 @@ def counted_bytes(name: str, optimizer: CurvatureOptimizer) -> int | None:
         elif name == "K-BFGS":
             own += groups * (2 * inp**2 + out**2)
         elif name.startswith("K-BFGS(L)"):
-            own += groups * (2 * inp**2 + 2 * 100 * out)
+            own += groups * (2 * inp**2 + 2 * optimizer.memory * out)
     if name == "AdaHessian":
         return 4 * 2 * optimizer.layout.numel
     if name.startswith("M-FAC"):
@@ -146,8 +152,8 @@ def _sides(layer: Any) -> int:
     return weight.shape[0] + (math.prod(weight.shape[1:]) + 1 if weight.ndim > 1 else 2)
 
 
-def measure(case: cases.Case, rounds: int) -> list[list[str]]:
-    methods = [*torch_own(), *ours(), *others()]
+def measure(case: cases.Case, rounds: int, pairs: int) -> list[list[str]]:
+    methods = [*torch_own(), *ours(pairs), *others()]
     runs: dict[str, Callable[[], object]] = {}
     kept: dict[str, Any] = {}
     failed: dict[str, str] = {}
@@ -194,22 +200,37 @@ def autoencoder_1000() -> cases.Case:
     return cases.Case("MNIST autoencoder, batch 1000", case.model, case.loss, [(images, images)])
 
 
+# name -> network, and the pairs that K-BFGS(L) remembers
+CASES: dict[str, tuple[Callable[[], cases.Case], int]] = {
+    "autoencoder": (autoencoder_1000, 100),
+    "resnet20": (lambda: cases.make("resnet20"), 20),
+    "gpt": (lambda: cases.make("gpt"), 20),
+}
+HEADER = ["network", "optimizer", "gradients", "Adam steps", "ms", "MiB kept", "of counted"]
+NOTES = (
+    "*gradients*: time of a step over that of one gradient (forward and backward pass) of the same "
+    "batch. AdaFisher updates its factors in every hundredth step by default; its row is the "
+    "median step, which does not. K-FAC's and K-BFGS's first steps, which make inverses, are left "
+    "out; K-FAC makes them again every 20 steps."
+)
+
+
 def main() -> None:
-    chosen = common.arguments(__doc__.splitlines()[0])
-    rows = []
-    with sdpa_kernel(SDPBackend.MATH):
-        for case in (autoencoder_1000(), cases.make("resnet20"), cases.make("gpt")):
-            rows += measure(case, max(chosen.rounds, 3))
-    header = ["network", "optimizer", "gradients", "Adam steps", "ms", "MiB kept", "of counted"]
-    common.write(
-        "optimizers",
-        "A step of every optimizer",
-        header,
-        rows,
-        "AdaFisher updates its factors in every hundredth step by default; its row is the median "
-        "step, which does not. K-FAC's and K-BFGS's first steps, which make inverses, are left "
-        "out; K-FAC makes them again every 20 steps.",
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    chosen = parser.parse_args()
+    torch.set_num_threads(chosen.threads)
+    store = common.RESULTS / "optimizers.json"
+    kept = json.loads(store.read_text()) if store.exists() else {}
+    for name in chosen.cases:
+        make, pairs = CASES[name]
+        with sdpa_kernel(SDPBackend.MATH):
+            kept[name] = measure(make(), max(chosen.rounds, 3), pairs)
+        store.write_text(json.dumps(kept, indent=1) + "\n")
+    rows = [row for name in CASES if name in kept for row in kept[name]]
+    common.write("optimizers", "A step of every optimizer", HEADER, rows, NOTES)
 
 
 if __name__ == "__main__":

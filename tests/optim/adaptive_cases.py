@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -113,3 +114,15 @@ METHODS = [
     Method("AdaHessian, 2 probes", AdaHessian, {"lr": 0.05, "n_probes": 2, "hessian_power": 0.5}),
     Method("M-FAC", MFAC, {"lr": 1e-2, "damping": 1e-2, "memory": 4, "weight_decay": 1e-2}),
 ]
+
+
+each_method = pytest.mark.parametrize("method", METHODS, ids=[m.name for m in METHODS])
+
+
+def batch(t: int):
+    return data(100 + t, 8, 2, 8, 8, classes=5)
+
+
+def run(method, model, optimizer, steps, start=0):
+    for t in range(start, start + steps):
+        method.step(optimizer, model, *batch(t))

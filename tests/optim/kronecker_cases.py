@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from curvscope.optim import KBFGS, KFAC
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -172,3 +175,28 @@ def textbook_bfgs(H: Tensor, s: Tensor, y: Tensor) -> Tensor:
     one = torch.eye(len(s), dtype=s.dtype)
     left = one - rho * torch.outer(s, y)
     return left @ H @ left.T + rho * torch.outer(s, s)
+
+
+METHODS: dict[str, Callable[..., Any]] = {
+    "K-BFGS": KBFGS,
+    "K-BFGS(L)": lambda *a, **k: KBFGS(*a, memory=3, **k),
+    "K-FAC": KFAC,
+    "K-FAC, named loss": lambda *a, **k: KFAC(*a, loss=nn.CrossEntropyLoss(), **k),
+    "K-FAC, empirical": lambda *a, **k: KFAC(*a, fisher="empirical", **k),
+}
+every_method = pytest.mark.parametrize("make", METHODS.values(), ids=METHODS)
+
+
+def mixed(seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """Covered layers, a normalisation with buffers, dropout."""
+    return seeded(
+        lambda: nn.Sequential(
+            nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(0.2), nn.Linear(6, 3)
+        ),
+        seed,
+        dtype,
+    )
+
+
+def hooks_of(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())

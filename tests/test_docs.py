@@ -1,0 +1,54 @@
+"""Every Python block of README and docs runs, each file from top to bottom as a reader would."""
+
+from __future__ import annotations
+
+import re
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+import curvscope as cs
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)(?:#[^)]*)?\)")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[p.name for p in PAGES])
+def test_blocks_run(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    monkeypatch.chdir(tmp_path)
+    text = page.read_text()
+    if "reports/digits-cnn/report.json" in text and page.name != "README.md":
+        _report(tmp_path / "reports" / "digits-cnn")
+    module = types.ModuleType("page")
+    monkeypatch.setitem(sys.modules, "page", module)
+    for match in BLOCK.finditer(text):
+        line = text[: match.start()].count("\n") + 1
+        code = compile("\n" * line + match[1], str(page), "exec")
+        exec(code, module.__dict__)
+
+
+def _report(out: Path) -> None:
+    """The report of a small problem, where a page reads that of digits-cnn."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+    data = torch.randn(12, 4), torch.randint(2, (12,))
+    cs.make_report(cs.Problem(model, torch.nn.CrossEntropyLoss(), data), out)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[p.name for p in PAGES])
+def test_links_and_named_files_exist(page: Path) -> None:
+    text = page.read_text()
+    for target in LINK.findall(text):
+        assert (page.parent / target).exists(), target
+    for name in re.findall(r"`(benchmarks/[\w/.]+)`", text):
+        assert (ROOT / name).exists(), name
