@@ -34,6 +34,11 @@ _PUBLIC = {
     "gradient_noise": "analysis",
     "local_model": "analysis",
     "verify": "analysis",
+    "trace": "analysis",
+    "diagonal": "analysis",
+    "eigsh": "analysis",
+    "negative_curvature": "analysis",
+    "density": "analysis",
     "make_report": "report",
     "show_progress": "progress",
 }

@@ -21,6 +21,7 @@ from .plotting.bars import plot_comparison, plot_cost
 from .plotting.checks import plot_verification
 from .plotting.coverage import plot_coverage
 from .plotting.discs import plot_fourier, plot_gershgorin, plot_scree
+from .plotting.estimates import plot_density, plot_diagonal, plot_eigenpairs, plot_estimate
 from .plotting.local import plot_gradient_noise, plot_local_model
 from .plotting.matrices import plot_blocks, plot_factors, plot_matrix
 from .plotting.shares import plot_bands, plot_diagonal_shares
@@ -34,7 +35,11 @@ __all__ = [
     "plot_comparison",
     "plot_cost",
     "plot_coverage",
+    "plot_density",
+    "plot_diagonal",
     "plot_diagonal_shares",
+    "plot_eigenpairs",
+    "plot_estimate",
     "plot_factors",
     "plot_fourier",
     "plot_gershgorin",
@@ -61,6 +66,11 @@ _KINDS: dict[str, dict[str, Callable[..., Any]]] = {
     },
     "Coverage": {"matrix": plot_coverage},
     "Verification": {"checks": plot_verification},
+    "Estimate": {"probes": plot_estimate},
+    "DiagonalEstimate": {"entries": plot_diagonal},
+    "Eigenpairs": {"rank": plot_eigenpairs},
+    "NegativeCurvature": {"rank": plot_eigenpairs},
+    "Density": {"density": plot_density},
     "GradientNoise": {"batch sizes": plot_gradient_noise},
     "LocalModel": {"ratio": plot_local_model},
 }

@@ -17,6 +17,8 @@ from curvscope.analysis.noise import GradientNoise
 from curvscope.analysis.verify import Verification
 from curvscope.operators import DenseOperator, KroneckerOperator
 
+from .estimates import estimate_pictures
+
 
 def symmetric(size: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
@@ -209,4 +211,5 @@ def pictures() -> dict[str, object]:
         "gradient noise": lambda **k: noise().plot(**k),
         "local model": lambda **k: local().plot(**k),
         "cost": lambda **k: cplot.plot_cost({"a": 0.004, "b": 12.0}, **k),
+        **estimate_pictures(),
     }

@@ -1,0 +1,131 @@
+"""Whether a Krylov space has missed an eigenvalue: copies of multiple ones, or a blind start."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .krylov import Krylov, Ritz
+
+DOUBT = 0.01
+"""Probability with which the check may miss an eigenvalue."""
+_LEAST = 8
+_SHARE = 0.15  # of the products so far, which the check may take
+_MOST = 40
+
+
+@dataclass
+class Beside:
+    """What a random start beside the basis has shown: ``missing`` is ``None`` if undecided."""
+
+    missing: bool | None
+    basis: Tensor
+    images: Tensor
+    following: Tensor
+
+
+def look_beside(krylov: Krylov, pairs: Ritz, which: str, margin: float, most: int) -> Beside:
+    """Whether the complement of the basis holds an eigenvalue that is wanted more.
+
+    A Krylov space holds one vector of every eigenspace, so a multiple eigenvalue leaves its other
+    vectors in the complement, where they stand out. From a random unit vector ``r`` there, ``j``
+    steps of Lanczos give polynomials ``p_i`` that are orthonormal for its spectral measure; an
+    eigenvalue ``x`` outside the Ritz values has a weight ``(u . r)^2`` of at most
+    ``1 / sum_i p_i(x)^2`` (the Christoffel function), and a random vector has so little of any
+    ``u`` with a probability that is known. There is nothing where that is below 1 %.
+    """
+    known = krylov.basis[: krylov.count]
+    left = krylov.meter.size - krylov.count
+    vector = krylov.random(1)
+    if not len(vector):
+        return Beside(False, vector, vector, vector)
+    below, above = _limits(pairs, which)
+    edges = [x for x in (below - margin, above + margin) if math.isfinite(x)]
+    growth = [_Growth(edge) for edge in edges]
+    goal = math.log(DOUBT**2 * math.pi / (2 * left * len(edges) ** 2))
+    most = min(most, left, max(_LEAST, min(_MOST, int(_SHARE * krylov.meter.used))))
+    rows: list[Tensor] = []
+    images: list[Tensor] = []
+    alphas: list[float] = []
+    betas: list[float] = []
+    row = vector[0]
+    while True:
+        image = krylov.meter(row.unsqueeze(1))[:, 0]
+        rows.append(row)
+        images.append(image)
+        rest = image.clone()
+        alphas.append(float(row.double() @ image.double()))
+        basis = torch.stack(rows)
+        for _ in range(2):
+            rest -= known.mT @ (known @ rest)
+            rest -= basis.mT @ (basis @ rest)
+        length = float(rest.norm())
+        low, high = _range(alphas, betas)
+        over = len(rows) == left or length <= 20 * krylov.eps * max(krylov.largest, -low, high)
+        missing: bool | None = None
+        if high > above + margin or low < below - margin:
+            missing = True
+        elif over:
+            missing = False
+        else:
+            weights = [g.step(alphas[-1], length) for g in growth]
+            if max(weights) <= goal:
+                missing = False
+        following = rest[:0] if over else rest / length
+        hopeless = False
+        if missing is None and len(rows) >= 4:
+            slope = max(g.slope for g in growth)
+            expected = len(rows) + (max(weights) - goal) / -slope if slope < 0 else math.inf
+            hopeless = expected > most
+        if missing is not None or len(rows) >= most or hopeless:
+            return Beside(missing, basis, torch.stack(images), following)
+        betas.append(length)
+        row = following
+
+
+class _Growth:
+    """Logarithm of ``1 / sum_i p_i(x)^2`` by the three-term recurrence, scaled against overflow."""
+
+    def __init__(self, x: float) -> None:
+        self.x = x
+        self.last, self.now, self.total = 0.0, 1.0, 1.0
+        self.shift = 0.0  # logarithm of what all three have been divided by, squared
+        self.beta = 0.0
+        self.value, self.slope = 0.0, 0.0
+
+    def step(self, alpha: float, beta: float) -> float:
+        following = ((self.x - alpha) * self.now - self.beta * self.last) / beta
+        self.last, self.now, self.beta = self.now, following, beta
+        self.total += following**2
+        scale = math.sqrt(self.total)
+        self.last, self.now, self.total = self.last / scale, self.now / scale, 1.0
+        self.shift += 2 * math.log(scale)
+        self.slope = -self.shift - self.value
+        self.value = -self.shift
+        return self.value
+
+
+def _limits(pairs: Ritz, which: str) -> tuple[float, float]:
+    """An eigenvalue below the first or above the second would be wanted more than the last."""
+    values = pairs.values
+    if which == "BE":
+        ends = (len(values) + 1) // 2
+        low = float(values[ends:].max()) if len(values) > ends else -math.inf
+        return low, float(values[:ends].min())
+    if which == "LM":
+        least = float(values.abs().min())
+        return -least, least
+    last = float(values[-1])
+    return (-math.inf, last) if which == "LA" else (last, math.inf)
+
+
+def _range(alphas: list[float], betas: list[float]) -> tuple[float, float]:
+    matrix = torch.diag(torch.tensor(alphas, dtype=torch.float64))
+    if betas:
+        beside = torch.tensor(betas, dtype=torch.float64)
+        matrix += torch.diag(beside, 1) + torch.diag(beside, -1)
+    values = torch.linalg.eigvalsh(matrix)
+    return float(values[0]), float(values[-1])

@@ -1,0 +1,150 @@
+"""Lanczos from many random starts at once: the quadrature behind densities and ``tr f(A)``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...progress import track
+from .common import Meter, signs, title
+
+_BYTES = 2**30  # for the bases of the starts that go together
+_TOGETHER = 16
+MOMENTS = 4
+"""Powers whose means a density has."""
+REORTHOGONALISE = ("full", "selective", "none")
+
+
+@dataclass
+class Quadrature:
+    """Nodes and weights ``[probes, steps]``; unused places have weight zero. Weights sum to one."""
+
+    nodes: Tensor
+    weights: Tensor
+    reorthogonalised: int = 0
+    moments: Tensor | None = None  # [probes, 4] where the weights do not give them
+
+
+def together(meter: Meter, steps: int) -> int:
+    """How many starts fit into memory at once with their bases."""
+    fitting = _BYTES // (meter.size * steps * meter.op.dtype.itemsize)
+    return max(1, min(_TOGETHER, fitting))
+
+
+def quadrature(
+    meter: Meter,
+    seed: int,
+    start: int,
+    count: int,
+    steps: int,
+    *,
+    reorthogonalise: str = "full",
+    enough: Callable[[Quadrature], bool] | None = None,
+    every: int = 5,
+    label: str = "",
+) -> Quadrature:
+    """Gauss quadratures of the spectral measures of random signs ``start`` to ``start + count``.
+
+    ``reorthogonalise="full"`` keeps every basis orthogonal to rounding; ``"selective"`` does so
+    only when the estimated loss (Simon's recurrence, Math. Comp. 42, 1984) exceeds the root of the
+    machine epsilon, which keeps the nodes right to rounding; ``"none"`` lets copies of converged
+    nodes appear. ``enough`` is asked after every few steps whether to stop.
+    """
+    op = meter.op
+    steps = min(steps, meter.size)
+    keeps = reorthogonalise != "none"
+    vectors = signs(op, seed, start, count, stream=7).mT / math.sqrt(meter.size)  # [n, P]
+    bases = torch.empty(count, steps if keeps else 0, meter.size, dtype=op.dtype, device=op.device)
+    before = torch.zeros_like(vectors)
+    alphas = torch.zeros(count, steps, dtype=torch.float64)
+    betas = torch.zeros(count, steps, dtype=torch.float64)
+    ends = torch.full((count,), steps)
+    loss = _Loss(count, steps, torch.finfo(op.dtype).eps, meter.size)
+    eps = torch.finfo(op.dtype).eps
+    done, repairs, again = 0, 0, False
+    for step in track(range(steps), label or f"Density of the {title(op)}"):
+        if keeps:
+            bases[:, step] = vectors
+        images = meter(vectors.mT.contiguous()).mT.contiguous()
+        alphas[:, step] = (vectors.double() * images.double()).sum(1).cpu()
+        images -= alphas[:, step].to(images).unsqueeze(1) * vectors
+        if step:
+            images -= betas[:, step - 1].to(images).unsqueeze(1) * before
+        lengths = images.norm(dim=1).double().cpu()
+        repair = reorthogonalise == "full"
+        if reorthogonalise == "selective":
+            lost = loss.step(step, alphas, betas, lengths)
+            repair = lost or again
+            again = lost  # two neighbours have to be repaired
+        if repair:
+            known = bases[:, : step + 1]
+            for _ in range(2):
+                part = known @ images.unsqueeze(2)
+                images -= (known.mT @ part).squeeze(2)
+            lengths = images.norm(dim=1).double().cpu()
+            loss.repaired(step)
+            repairs += 1
+        done = step + 1
+        scale = torch.maximum(alphas[:, :done].abs().amax(1), betas[:, :done].abs().amax(1))
+        ended = (lengths <= 20 * eps * scale) & (ends == steps)
+        ends[ended] = done
+        lengths = torch.where(ends <= done, 0.0, lengths) if bool((ends <= done).any()) else lengths
+        betas[:, step] = lengths
+        if bool((ends <= done).all()):
+            break
+        before = vectors
+        divisors = torch.where(lengths > 0, lengths, torch.inf)
+        vectors = images / divisors.to(images).unsqueeze(1)
+        due = enough is not None and done % every == 0 and done < steps
+        if due and enough is not None and enough(_nodes(alphas, betas, ends, done)):
+            break
+    found = _nodes(alphas, betas, ends, done)
+    found.reorthogonalised = repairs
+    return found
+
+
+def _nodes(alphas: Tensor, betas: Tensor, ends: Tensor, steps: int) -> Quadrature:
+    nodes = torch.zeros(len(alphas), steps, dtype=torch.float64)
+    weights = torch.zeros_like(nodes)
+    for row in range(len(alphas)):
+        size = min(int(ends[row]), steps)
+        matrix = torch.diag(alphas[row, :size])
+        off = betas[row, : size - 1]
+        matrix += torch.diag(off, 1) + torch.diag(off, -1)
+        values, vectors = torch.linalg.eigh(matrix)
+        nodes[row, :size], weights[row, :size] = values, vectors[0].square()
+        nodes[row, size:] = values[-1]
+    return Quadrature(nodes, weights)
+
+
+class _Loss:
+    """Estimates of ``|v_j . v_k|`` by Simon's recurrence, the worst over the starts."""
+
+    def __init__(self, count: int, steps: int, eps: float, size: int) -> None:
+        self.eps, self.limit = eps * math.sqrt(size), math.sqrt(eps)
+        self.now = torch.zeros(count, steps + 1, dtype=torch.float64)
+        self.last = torch.zeros_like(self.now)
+        self.now[:, 0] = 1.0
+
+    def step(self, j: int, alphas: Tensor, betas: Tensor, lengths: Tensor) -> bool:
+        """From ``v_j . v_k`` to ``v_(j+1) . v_k``; whether any is too large."""
+        new = torch.zeros_like(self.now)
+        if j:
+            gap = (alphas[:, :j] - alphas[:, j : j + 1]) * self.now[:, :j]
+            gap += betas[:, :j] * self.now[:, 1 : j + 1]
+            gap[:, 1:] += betas[:, : j - 1] * self.now[:, : j - 1]
+            gap -= betas[:, j - 1 : j] * self.last[:, :j]
+            safe = lengths.clamp_min(1e-300).unsqueeze(1)
+            new[:, :j] = (gap + gap.sign() * 2 * self.eps * safe) / safe
+        new[:, j] = self.eps
+        new[:, j + 1] = 1.0
+        self.last, self.now = self.now, new
+        return bool((new[:, : j + 1].abs() > self.limit).any())
+
+    def repaired(self, j: int) -> None:
+        """The new vectors have been made orthogonal to all before them."""
+        self.now[:, : j + 1] = self.eps
