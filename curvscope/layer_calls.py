@@ -18,6 +18,7 @@ from .layers import (
     Embedding,
     LayerType,
     Linear,
+    MatrixProduct,
     Scale,
     TransposedConvolution,
 )
@@ -41,6 +42,23 @@ def _bind(names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -
 def _linear(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     bound = {"bias": None, **_bind(("input", "weight", "bias"), args, kwargs)}
     return {"kind": Linear(), **bound}
+
+
+def _addmm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """``b + x W``, for a bias of one axis; anything else is not the layer that is meant."""
+    bound = {"beta": 1, "alpha": 1, **_bind(("input", "mat1", "mat2"), args, kwargs)}
+    bias, x, weight = bound["input"], bound["mat1"], bound["mat2"]
+    if bias.ndim != 1 or len(bias) != weight.shape[1] or (bound["beta"], bound["alpha"]) != (1, 1):
+        return {}
+    return {"kind": MatrixProduct(), "input": x, "weight": weight, "bias": bias, "source": x}
+
+
+def _matmul(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """``x W`` for a matrix on the right; one on the left has its samples in columns."""
+    x, weight = (*args, *kwargs.values())[:2]
+    if weight.ndim != 2:
+        return {}
+    return {"kind": MatrixProduct(), "input": x, "weight": weight, "bias": None}
 
 
 def _convolution(kind: LayerType, names: Sequence[str]) -> Callable[..., dict[str, Any]]:
@@ -124,6 +142,9 @@ _transposed = _convolution(TransposedConvolution(), _TRANSPOSED_ARGS)
 #: functions that use parameters -> how to read their arguments (``{}``: not supported like this)
 LAYER_TYPES: dict[Any, Callable[[tuple[Any, ...], dict[str, Any]], dict[str, Any]]] = {
     F.linear: _linear,
+    **dict.fromkeys((torch.addmm, torch.Tensor.addmm), _addmm),
+    **dict.fromkeys((torch.mm, torch.Tensor.mm, torch.matmul), _matmul),
+    **dict.fromkeys((torch.Tensor.matmul, torch.Tensor.__matmul__), _matmul),
     **dict.fromkeys((torch.conv1d, torch.conv2d, torch.conv3d), _conv),
     **dict.fromkeys(
         (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d), _transposed

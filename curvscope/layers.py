@@ -88,6 +88,10 @@ class LayerType:
     #: has input rows and output rows, so that Kronecker factors are defined
     kronecker: ClassVar[bool] = False
 
+    def weight_order(self, call: Call) -> Tensor | None:
+        """Positions in the flat weight of the entries of ``[g, o, i]``; ``None``: as they are."""
+        return None
+
     def feature_axes(self, call: Call) -> int:
         """How many trailing axes of the outputs can never be the sample axis."""
         raise NotImplementedError
@@ -139,6 +143,17 @@ class Linear(LayerType):
 
     def sizes(self, call: Call) -> tuple[int, int, int]:
         return 1, call.outputs.shape[-1], call.inputs.shape[-1]
+
+
+class MatrixProduct(Linear):
+    """``z = a W + b`` with the weight as ``[in, out]``: ``x @ W``, and GPT-2's ``Conv1D``."""
+
+    def weight_gradient(self, call: Call, s: Tensor, axis: SampleAxis, samples: int) -> Tensor:
+        return super().weight_gradient(call, s, axis, samples).mT
+
+    def weight_order(self, call: Call) -> Tensor:
+        _, out, inp = self.sizes(call)
+        return torch.arange(inp * out).reshape(inp, out).mT.reshape(-1)
 
 
 class Convolution(LayerType):

@@ -295,9 +295,16 @@ def process(mine: str, tmp_path: Path) -> Callable[..., subprocess.Popen]:
             text=True,
             cwd=tmp_path,
             env=environment,
+            preexec_fn=heed_signals,
         )
 
     return start
+
+
+def heed_signals() -> None:
+    """Undo what ``nohup`` and background jobs hand down: signals that are ignored."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
 
 
 def test_ctrl_c_leaves_nothing_and_exits_with_130(

@@ -78,13 +78,16 @@ def matrix_view(parameters: Sequence[Tensor], calls: Sequence[Call]) -> MatrixVi
     if call.weight is None or id(call.weight) not in mine or not mine <= theirs:
         return None
     groups, out, inp = call.kind.sizes(call)
+    order = call.kind.weight_order(call)
     if len(parameters) == 1:
-        return MatrixView(groups, out, inp)
-    rows = groups * out
-    if parameters[0] is call.weight:
+        return MatrixView(groups, out, inp, order)
+    rows, first = groups * out, parameters[0] is call.weight
+    if first and order is None:
         return MatrixView.for_weight_and_bias(rows, inp, groups=groups)
-    weight = torch.arange(rows * inp).reshape(rows, inp) + rows
-    perm = torch.cat([weight, torch.arange(rows).unsqueeze(1)], 1).reshape(-1)
+    weight = (torch.arange(rows * inp) if order is None else order).reshape(rows, inp)
+    bias = torch.arange(rows).unsqueeze(1)
+    weight, bias = (weight, bias + rows * inp) if first else (weight + rows, bias)
+    perm = torch.cat([weight, bias], 1).reshape(-1)
     return MatrixView(groups, out, inp + 1, perm)
 
 

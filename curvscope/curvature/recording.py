@@ -85,7 +85,8 @@ class Recorder(TorchFunctionMode):
         weight, bias = (
             p if id(p) in self.watched else None for p in (bound["weight"], bound["bias"])
         )
-        given = (args[0] if args else keywords["input"], bound["weight"], bound["bias"])
+        source = bound["source"] if "source" in bound else args[0] if args else keywords["input"]
+        given = (source, bound["weight"], bound["bias"])
         others = (given[0], *(p for p in given[1:] if id(p) not in self.watched))
         call = Call(
             kind=bound["kind"],

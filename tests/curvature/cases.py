@@ -41,6 +41,7 @@ from .nets import (
     FirstToken,
     Functional,
     Pair,
+    Product,
     Recurrent,
     Residual,
     Reused,
@@ -63,7 +64,7 @@ from .reference import Case
 CASES: list[Case] = []
 
 
-def case(name: str, model: Callable[[], nn.Module], loss: Any, batches: Any, **more: Any) -> None:
+def case(name: str, model: Callable[..., nn.Module], loss: Any, batches: Any, **more: Any) -> None:
     """``load``, ``terms``, ``merge`` and ``truth`` go to the case, all else to the Problem."""
     own = {k: more.pop(k) for k in ("load", "terms", "merge", "truth") if k in more}
     CASES.append(Case(name, functools.partial(seeded, model), loss, batches, more, **own))
@@ -111,6 +112,17 @@ case(
 )
 case("one-sample", lambda: mlp(T, 4, 4, 3), CE(), data((1,), real(4), labels(3)), load=one)
 case("samples-equal-width", lambda: mlp(T, 4, 4, 4), CE(), data((4,), real(4), labels(4)))
+
+# weights as [in, out]
+for _how in ("addmm", "bias first", "matmul"):
+    case(
+        f"product-{_how}",
+        functools.partial(
+            lambda how: S(Product(3, 4, how), T(), Product(4, 3, how), Apply(tokens_last)), _how
+        ),
+        CE(),
+        data((2, 3), real(3, 3), labels(3, 3)),
+    )
 
 # Linear with more axes, and tokens
 case(

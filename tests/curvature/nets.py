@@ -165,6 +165,25 @@ class Functional(nn.Module):
         return F.linear(input=F.softplus(x).flatten(1), weight=self.matrix)
 
 
+class Product(nn.Module):
+    """A linear layer with its weight as ``[in, out]``, as GPT-2's ``Conv1D``."""
+
+    def __init__(self, inp: int, out: int, how: str) -> None:
+        super().__init__()
+        if how == "bias first":
+            self.bias = nn.Parameter(torch.randn(out))
+        self.weight = nn.Parameter(torch.randn(inp, out) / inp**0.5)
+        if how == "addmm":
+            self.bias = nn.Parameter(torch.randn(out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "bias"):
+            return x @ self.weight
+        flat = x.reshape(-1, x.shape[-1])
+        out = torch.addmm(self.bias, flat, self.weight)
+        return out.reshape(*x.shape[:-1], out.shape[-1])
+
+
 class Attention(nn.Module):
     """One attention layer between projections; positions or samples first inside."""
 

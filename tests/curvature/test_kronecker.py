@@ -15,7 +15,7 @@ from tests.truth import relative
 from . import factors as definition
 from .cases import BCE, CE, MSE, UNEVEN
 from .draws import POS, W3, bits, data, folded, labels, lengths, real, some_ignored
-from .nets import Apply, Reused, flat_tokens, mlp, seeded, tokens_last
+from .nets import Apply, Product, Reused, flat_tokens, mlp, seeded, tokens_last
 from .reference import term_weights
 
 S, T, R = nn.Sequential, nn.Tanh, nn.ReLU
@@ -286,3 +286,27 @@ def test_a_path_that_changes_from_batch_to_batch() -> None:
     assert list(cs.diagonal_kf(both, scale="adafisher").blocks) == ["head"]
     with pytest.raises(cs.errors.UnsupportedLayerError, match=r"cs\.kflr or cs\.kfac"):
         cs.kfra(both)
+
+
+@pytest.mark.parametrize("how", ["addmm", "bias first", "matmul"])
+@pytest.mark.parametrize("method", [cs.kfac, cs.ekfac, cs.foof, cs.diagonal_kf])
+def test_weights_stored_as_inputs_by_outputs(how: str, method: Any) -> None:
+    """The same network with ``nn.Linear`` has the same blocks, its entries in another order."""
+    bias = how != "matmul"
+    ours = nn.Sequential(Product(4, 5, how), nn.Tanh(), Product(5, 3, how)).double()
+    usual = nn.Sequential(nn.Linear(4, 5, bias), nn.Tanh(), nn.Linear(5, 3, bias)).double()
+    for k in (0, 2):
+        usual[k].weight.data = ours[k].weight.detach().mT.clone()
+        if bias:
+            usual[k].bias.data = ours[k].bias.detach().clone()
+    torch.manual_seed(0)
+    batch = torch.randn(6, 4, dtype=torch.float64), torch.randint(3, (6,))
+    first, second = (method(cs.Problem(net, nn.CrossEntropyLoss(), batch)) for net in (ours, usual))
+    for k, (inp, out) in {"0": (4, 5), "2": (5, 3)}.items():
+        order = torch.arange(inp * out).reshape(inp, out).mT.reshape(-1)  # weights of usual
+        if how == "addmm":
+            order = torch.cat([order, torch.arange(out) + inp * out])
+        elif bias:
+            order = torch.cat([order + out, torch.arange(out)])
+        A, B = first.blocks[k].dense(), second.blocks[k].dense()
+        assert float((A[order][:, order] - B).norm() / B.norm()) < 1e-14

@@ -39,6 +39,7 @@ from curvscope.operators import (
     Sum,
     from_scipy,
 )
+from curvscope.optim.mfac import Window
 
 SIZE = 12
 LAYOUT = Layout([ParameterSpec("a", (2, 2)), ParameterSpec("b", (5,)), ParameterSpec("c", (3,))])
@@ -238,6 +239,14 @@ def _() -> Iterator[tuple[str, Operator, Tensor]]:
         yield f"rank{rank}", LowRankOperator(V, view=MatrixView(1, 4, 3)), plain
     V = randn(SIZE, 2, seed=10)[:, [0, 1, 1]]  # a vector twice
     yield "dependent", LowRankOperator(V), V @ V.T
+
+
+@cases_of(Window)
+def _() -> Iterator[tuple[str, Operator, Tensor]]:
+    V = randn(SIZE, 3, seed=21)
+    op = Window(V, layout=LAYOUT)
+    op.members = {s.name: (s.name,) for s in LAYOUT}
+    yield "three gradients", op, V @ V.T
 
 
 # outputs C, samples N, positions T

@@ -113,7 +113,8 @@ def test_train_flags_make_no_difference_and_are_noted() -> None:
     model = batchnorm(nn.Dropout(0.5), nn.ReLU())
     quiet = cs.hessian(cs.Problem(model, CE(), (X, Y)))
     loud = cs.hessian(cs.Problem(copy.deepcopy(model).train(), CE(), (X, Y)))
-    assert torch.equal(quiet.dense(), loud.dense())
+    # products may take another engine, whichever a trial finds faster, with other roundings
+    assert float((quiet.dense() - loud.dense()).norm() / loud.dense().norm()) < 1e-13
     assert quiet.info.notes == ()
     assert "eval()" in loud.info.notes[0]
 
