@@ -97,6 +97,14 @@ class OutputError(CurvscopeError, OSError):
     """Output cannot be written to the given place."""
 
 
+class RunError(CurvscopeError, ValueError):
+    """A folder is no run, a damaged one, or that of another training."""
+
+
+class StopTraining(CurvscopeError):
+    """An alarm ends the training: raised out of ``monitor.step`` where the user asked for it."""
+
+
 class MissingPackageError(CurvscopeError, ImportError):
     """An optional package is needed for what was asked."""
 

@@ -1,0 +1,120 @@
+"""The monitor's time as a share of the training's: what may be measured now, and what was not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import OptionError
+
+_MARGIN = 1.2  # measurements do not all take the same time
+_GUESS = 1.5  # the price of a first measurement is not known any better
+
+
+@dataclass
+class Account:
+    """One measure: seconds used, how often it was taken, thinned out and failed."""
+
+    weight: float = 1.0
+    used: float = 0.0
+    taken: int = 0
+    thinned: int = 0
+    failed: int = 0
+    in_succession: int = 0  # failures since the last success
+    estimate: float = math.nan
+    waiting: bool = False  # was due, and could not be afforded
+
+    def spend(self, seconds: float) -> None:
+        """Book one measurement."""
+        self.used += seconds
+        old = self.estimate
+        # a measurement that takes longer counts at once, one that takes less by and by
+        self.estimate = seconds if not old < math.inf else max(seconds, (old + seconds) / 2)
+
+
+class Budget:
+    """Keeps ``monitor seconds <= share * training seconds`` by saying no.
+
+    Training is all time between leaving the monitor and entering it again; the monitor's is all
+    inside, whatever it does. A measurement is allowed if what it took before, with a margin, still
+    fits. While a measure waits that has used less than its part of the budget (by weight), others
+    may not go beyond theirs: cheap measures do not starve a dear one. ``share=None`` allows all.
+    """
+
+    def __init__(self, share: float | None, clock: Callable[[], float]) -> None:
+        if share is not None and (isinstance(share, bool) or not 0 < share <= 1):
+            raise OptionError(
+                f"budget={share!r}: give the share of training time in (0, 1], or None for no cap."
+            )
+        self.share = share
+        self.clock = clock
+        self.training = self.spent = 0.0
+        self.accounts: dict[str, Account] = {}
+        self._left: float | None = None
+        self._entered: float | None = None
+
+    def enter(self) -> None:
+        """The monitor begins to work."""
+        now = self.clock()
+        if self._left is not None:
+            self.training += now - self._left
+        self._entered, self._left = now, None
+
+    def leave(self) -> None:
+        """The monitor ends; training goes on."""
+        now = self.clock()
+        if self._entered is not None:
+            self.spent += now - self._entered
+        self._left, self._entered = now, None
+
+    @property
+    def total(self) -> float:
+        """Seconds of the monitor so far, the current visit included."""
+        running = 0.0 if self._entered is None else self.clock() - self._entered
+        return self.spent + running
+
+    @property
+    def allowance(self) -> float:
+        """Seconds that may be spent now."""
+        return math.inf if self.share is None else self.share * self.training - self.total
+
+    def allows(self, name: str, estimate: float, *, first: bool = False) -> bool:
+        """Whether a measurement of ``estimate`` seconds may begin; remembers those that wait."""
+        if self.share is None:
+            return True
+        account = self.accounts[name]
+        needed = estimate * (_GUESS if first else _MARGIN)
+        account.waiting = False
+        if not needed <= self.allowance:
+            account.waiting = account.used < self._part(account)
+            return False
+        others = (a for a in self.accounts.values() if a is not account)
+        if any(a.waiting and a.used < self._part(a) for a in others):
+            return account.used + needed <= self._part(account)
+        return True
+
+    def _part(self, account: Account) -> float:
+        weights = sum(a.weight for a in self.accounts.values())
+        return (self.share or 0.0) * self.training * account.weight / weights
+
+    def open(self, names: Iterable[tuple[str, float]]) -> None:
+        """Accounts of the measures, by name and weight."""
+        self.accounts = {name: Account(weight) for name, weight in names}
+
+    def state(self) -> dict[str, Any]:
+        """Plain numbers for a checkpoint."""
+        return {
+            "training": self.training,
+            "spent": self.spent,
+            "accounts": {name: vars(a).copy() for name, a in self.accounts.items()},
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state`."""
+        self.training, self.spent = float(state["training"]), float(state["spent"])
+        for name, values in state["accounts"].items():
+            if name in self.accounts:
+                weight = self.accounts[name].weight
+                self.accounts[name] = Account(**{**values, "weight": weight})

@@ -1,0 +1,425 @@
+"""Measures of curvature: the optimizer's matrix against the exact one, and both by themselves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..analysis.compare import compare
+from ..analysis.comparison import Comparison
+from ..analysis.lanczos import leading_by_products
+from ..curvature import diagonal_kf, hutchinson_diagonal, kfac
+from ..errors import OptionError, nearest
+from ..operators import Operator
+from .measures import Measure, Rows, register
+from .moment import Moment
+from .sharpness import preconditioned_sharpness
+
+FRESH: dict[str, Callable[[Moment], Operator]] = {
+    "K-FAC": lambda m: kfac(m.problem),
+    "diagonal K-FAC": lambda m: diagonal_kf(m.problem),
+    "Hutchinson diagonal": lambda m: hutchinson_diagonal(m.problem, probes=4, seed=m.seed),
+}
+"""Approximations that are computed afresh on the probe, by name."""
+
+_PARTNER = {
+    "K-FAC": "K-FAC",
+    "K-BFGS": "K-FAC",
+    "K-BFGS(L)": "K-FAC",
+    "AdaFisher": "diagonal K-FAC",
+    "AdaFisherW": "diagonal K-FAC",
+    "AdaHessian": "Hutchinson diagonal",
+}
+OF_CURVATURE = ("error", "best", "staleness", "preconditioner")
+"""Measures of the optimizer's matrix: nothing without one."""
+
+_COLUMNS = ("status", "size", "family", "damping")
+
+
+def passes(moment: Moment) -> float:
+    """About how many gradients the blocks of the reference cost.
+
+    One backward pass per output by the Gauss-Newton routes, two per output unit and position of a
+    layer or three per parameter for the other blocks of a Hessian.
+    """
+    key = f"passes {moment.reference_name}"
+    if key not in moment.memo:
+        op: Any = moment.reference
+        outputs = moment.outputs_per_sample
+        routes = {name: op.route_of(name) for name in op.members}
+        total = 2.0 * outputs if {"gram", "piecewise-linear"} & set(routes.values()) else 0.0
+        for name, route in routes.items():
+            plan = op.plans[name]
+            total += 8.0
+            if route == "rows":
+                total += 2.0 * plan.positions * plan.outputs
+            elif route == "autograd":
+                total += 3.0 * plan.size
+        moment.memo[key] = total
+    return float(moment.memo[key])
+
+
+def optimizer_row(moment: Moment, **values: Any) -> dict[str, Any]:
+    """The beginning of a row about the optimizer's matrix."""
+    return {"approximation": moment.method, **values}
+
+
+def comparison_rows(found: Comparison, extra: Sequence[str] = ()) -> Rows:
+    """Rows of a record from those of :func:`curvscope.compare`."""
+    rows = []
+    for row in found.rows:
+        whole = row.record(found.metrics)
+        columns = {key: whole[key] for key in (*_COLUMNS, *extra, *found.metrics)}
+        if row.stderr.get("error"):
+            columns["error_stderr"] = row.stderr["error"]
+        note = {"note": row.note} if row.note else {}
+        place = {"block": row.block, "approximation": row.approximation}
+        rows.append({**place, "reference": found.reference, **columns, **note})
+    return rows
+
+
+class _Compared(Measure):
+    """Base of the measures that :func:`curvscope.compare` makes."""
+
+    metrics: tuple[str, ...] = ("error", "cosine")
+    best: bool = False
+
+    def approximations(self, moment: Moment) -> dict[str, Operator]:
+        """What is compared, by name."""
+        raise NotImplementedError
+
+    def take(self, moment: Moment) -> Rows:
+        """A row per block and approximation; none without an approximation."""
+        others = self.approximations(moment)
+        if not others:
+            return []
+        found = compare(
+            moment.reference,
+            others,
+            metrics=self.metrics,
+            best_in_class=self.best,
+            blocks=list(moment.problem.blocks),
+            seed=moment.seed,
+        )
+        return comparison_rows(
+            found, ("best_class", "best_in_class", "excess") if self.best else ()
+        )
+
+    def price(self, moment: Moment) -> float:
+        """That of the reference's blocks, and as much again for the comparison."""
+        return 10.0 + 1.5 * passes(moment)
+
+
+@register
+class Error(_Compared):
+    """The optimizer's curvature against the exact reference: ``error``, ``cosine``, block by block.
+
+    The numbers are those of ``cs.compare(reference, {method: optimizer.curvature()}, metrics=...,
+    best_in_class=False)`` on the probe. ``damped=False`` compares the raw factors of optimizers
+    that have them. ``metrics`` are any of ``cs.compare``.
+    """
+
+    name = "error"
+    weight = 8.0
+
+    def __init__(
+        self, *, metrics: Sequence[str] = ("error", "cosine"), damped: bool = True
+    ) -> None:
+        self.metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
+        self.damped = damped
+
+    def approximations(self, moment: Moment) -> dict[str, Operator]:
+        """The optimizer's matrix."""
+        op = moment.curvature
+        if not self.damped and op is not None and hasattr(moment.optimizer, "curvature"):
+            op = moment.optimizer.curvature(damped=False)
+        return {} if op is None else {moment.method: op}
+
+
+@register
+class Best(Error):
+    """As :class:`Error`, beside the best that the class of the optimizer's matrix can do.
+
+    Adds ``best_class``, ``best_in_class`` (the least error of any such matrix) and ``excess``.
+    """
+
+    name = "best"
+    weight = 4.0
+    best = True
+
+    def price(self, moment: Moment) -> float:
+        """The nearest members of the classes take a few iterations more."""
+        return 2 * super().price(moment)
+
+
+@register
+class Fresh(_Compared):
+    """K-FAC, diagonal Kronecker factors and Hutchinson's diagonal, computed on the probe.
+
+    The same comparison as :class:`Error`, for approximations at the current parameters: what an
+    optimizer could have. ``names`` chooses among the keys of ``curvature_measures.FRESH``.
+    """
+
+    name = "fresh"
+    weight = 4.0
+
+    def __init__(self, names: Sequence[str] = tuple(FRESH)) -> None:
+        self.names = (names,) if isinstance(names, str) else tuple(names)
+        for name in self.names:
+            if name not in FRESH:
+                raise OptionError(
+                    f"There is no fresh {name!r}.{nearest(name, FRESH)} There are {list(FRESH)}."
+                )
+
+    def approximations(self, moment: Moment) -> dict[str, Operator]:
+        """The chosen ones."""
+        return {name: FRESH[name](moment) for name in self.names}
+
+    def price(self, moment: Moment) -> float:
+        """As for :class:`Error`, and the approximations themselves."""
+        return super().price(moment) + 3.0 * moment.outputs_per_sample + 20
+
+
+@register
+class Staleness(Measure):
+    """The optimizer's old factors against fresh ones: ``error`` and ``cosine`` block by block.
+
+    ``age`` is the number of steps since the factors were refreshed, where the optimizer says it;
+    ``fresh`` what it is compared with, of the optimizer's own kind: K-FAC for Kronecker factors
+    (K-FAC, K-BFGS), diagonal Kronecker factors for AdaFisher, a Hutchinson diagonal otherwise. Both
+    come without damping where the optimizer has raw factors. The reference is the fresh one.
+    """
+
+    name = "staleness"
+    weight = 2.0
+
+    def take(self, moment: Moment) -> Rows:
+        """A row per block."""
+        op = moment.curvature
+        if op is None:
+            return []
+        if hasattr(moment.optimizer, "curvature"):
+            op = moment.optimizer.curvature(damped=False)
+        name = _PARTNER.get(moment.method, "Hutchinson diagonal")
+        fresh = FRESH[name](moment)
+        blocks = [block for block in op.blocks if block in fresh.blocks or not fresh.blocks]
+        if not blocks:
+            return []
+        found = compare(
+            fresh,
+            {moment.method: op},
+            metrics=("error", "cosine"),
+            best_in_class=False,
+            blocks=blocks,
+        )
+        ages = _ages(moment)
+        rows = comparison_rows(found)
+        return [{**row, "fresh": name, "age": ages.get(row["block"], math.nan)} for row in rows]
+
+    def price(self, moment: Moment) -> float:
+        """Fresh factors and the comparison of structured matrices."""
+        return 3.0 * moment.outputs_per_sample + 20
+
+
+def _ages(moment: Moment) -> dict[str, float]:
+    own = getattr(moment.optimizer, "coverage", None)
+    if not callable(own):
+        return {}
+    rows = _diagnostics(moment)
+    return {str(row["block"]): float(row["age"]) for row in rows if row.get("age") is not None}
+
+
+def _diagnostics(moment: Moment) -> Rows:
+    """The rows of the measure ``"diagnostics"``."""
+    from .measures import Diagnostics
+
+    return Diagnostics().take(moment)
+
+
+@register
+class Preconditioner(Measure):
+    """Facts about the matrix that multiplies the gradient, block by block.
+
+    ``finite``; ``trace``; ``norm`` (Frobenius); ``from_identity``, its relative Frobenius distance
+    ``sqrt(1 - tr^2 / (n ||P||^2))`` to the nearest multiple of the identity.
+    """
+
+    name = "preconditioner"
+
+    def take(self, moment: Moment) -> Rows:
+        """A row per block; none for an optimizer without one."""
+        op = moment.preconditioner
+        if op is None:
+            return []
+        rows: Rows = []
+        for name, block in op.blocks.items():
+            norm, trace = block.frobenius_norm(), block.trace()
+            share = trace * trace / (block.shape[0] * norm * norm) if norm else math.nan
+            rows.append(
+                optimizer_row(
+                    moment,
+                    block=name,
+                    finite=math.isfinite(norm) and math.isfinite(trace),
+                    trace=trace,
+                    norm=norm,
+                    from_identity=math.sqrt(max(0.0, 1 - share)) if share == share else math.nan,
+                )
+            )
+        return rows
+
+
+@register
+class Concentration(Measure):
+    """How much of each matrix's energy lies on its diagonal: ``share``, against ``null_share``.
+
+    For the optimizer's curvature, its Kronecker factors (``factor``) and the exact reference.
+    ``null_share = (tr^2 + 2 ||M||^2) / ((d + 2) ||M||^2)`` is the expectation for random
+    eigenvectors with the same spectrum.
+    """
+
+    name = "concentration"
+
+    def take(self, moment: Moment) -> Rows:
+        """A row per block and matrix, and one per factor."""
+        rows: Rows = []
+        named = {moment.method: moment.curvature, moment.reference.info.what: moment.reference}
+        for title, op in named.items():
+            for name, block in ({} if op is None else op.blocks).items():
+                rows.append(
+                    {
+                        "block": name,
+                        "approximation": title,
+                        "factor": "",
+                        **_share(block.diagonal(), block.frobenius_norm()),
+                    }
+                )
+                factors: Mapping[str, Tensor] = getattr(block, "factors", {}) or {}
+                for letter, matrix in factors.items():
+                    if matrix.ndim == 2:
+                        found = _share(matrix.diagonal(), float(matrix.double().norm()))
+                        place = {"block": name, "approximation": title, "factor": letter}
+                        rows.append({**place, **found})
+        return rows
+
+    def price(self, moment: Moment) -> float:
+        """That of the reference's blocks."""
+        return 10.0 + 1.5 * passes(moment)
+
+
+def _share(diagonal: Tensor, norm: float) -> dict[str, float]:
+    d, energy = diagonal.numel(), norm * norm
+    if not energy:
+        return {"size": d, "share": math.nan, "null_share": math.nan}
+    on = float(diagonal.double().square().sum())
+    trace = float(diagonal.double().sum())
+    return {
+        "size": d,
+        "share": on / energy,
+        "null_share": (trace * trace + 2 * energy) / ((d + 2) * energy),
+    }
+
+
+@register
+class Sharpness(Measure):
+    """``lambda_max`` of the Hessian on the probe, and ``product``, it times the learning rate.
+
+    Gradient descent is stable on a quadratic below ``product = 2`` (Cohen et al. 2021). Of an
+    optimizer with a preconditioner ``P`` that covers all parameters, ``preconditioned`` is the
+    largest eigenvalue of ``P H`` and ``preconditioned_product`` that times the learning rate, whose
+    limit is 2 as well (Cohen et al. 2022). Lanczos with ``steps`` products at most; ``residual``
+    bounds the error of ``lambda_max``.
+    """
+
+    name = "sharpness"
+    weight = 2.0
+
+    def __init__(self, steps: int = 12) -> None:
+        self.steps = steps
+
+    def take(self, moment: Moment) -> Rows:
+        """One row."""
+        H, lr = moment.hessian, moment.lr
+
+        def product(vector: Tensor) -> Tensor:
+            return (H @ vector.to(H.dtype)).double()
+
+        values, _, residuals = leading_by_products(
+            product, H.shape[0], device=H.device, steps=self.steps, tol=1e-2
+        )
+        top = float(values[0])
+        row = {"lambda_max": top, "residual": float(residuals[0]), "lr": lr, "product": top * lr}
+        P = moment.preconditioner
+        row["covered"] = P is None or not P.uncovered
+        if P is not None and not P.uncovered:
+            inner = preconditioned_sharpness(product, P, steps=self.steps, seed=moment.seed)
+            row |= {"preconditioned": inner, "preconditioned_product": inner * lr}
+        return [row]
+
+    def price(self, moment: Moment) -> float:
+        """Two runs of products, three gradients each."""
+        return 6.0 * self.steps + 10
+
+
+@register
+class Trace(Measure):
+    """``trace`` of the exact reference, by block and in all (block ``"(all)"``)."""
+
+    name = "trace"
+
+    def take(self, moment: Moment) -> Rows:
+        """A row per block and one for the whole."""
+        op = moment.reference
+        rows: Rows = [{"block": n, "trace": block.trace()} for n, block in op.blocks.items()]
+        total = math.fsum(row["trace"] for row in rows)
+        return [
+            {**r, "reference": op.info.what} for r in [*rows, {"block": "(all)", "trace": total}]
+        ]
+
+    def price(self, moment: Moment) -> float:
+        """That of the reference's blocks."""
+        return 5.0 + passes(moment)
+
+
+@register
+class Spectrum(Measure):
+    """The ``count`` leading eigenvalues of the reference over all parameters.
+
+    ``largest`` and ``smallest`` of them, and as tensors ``eigenvalues`` (by magnitude) and
+    ``residuals``, each bounding the distance to an eigenvalue. Lanczos with ``steps`` products.
+    """
+
+    name = "spectrum"
+    weight = 2.0
+
+    def __init__(self, count: int = 10, steps: int = 40) -> None:
+        self.count, self.steps = count, steps
+
+    def take(self, moment: Moment) -> Rows:
+        """One row with tensors."""
+        op = moment.reference
+        count = min(self.count, op.shape[0])
+        values, _, residuals = leading_by_products(
+            lambda v: (op @ v.to(op.dtype)).double(),
+            op.shape[0],
+            count,
+            device=op.device,
+            steps=max(self.steps, count),
+        )
+        tensors = {"eigenvalues": values.cpu(), "residuals": residuals.cpu()}
+        return [
+            {
+                "reference": op.info.what,
+                "count": len(values),
+                "largest": float(values.max()),
+                "smallest": float(values.min()),
+                "worst_residual": float(residuals.max()),
+                "tensors": tensors,
+            }
+        ]
+
+    def price(self, moment: Moment) -> float:
+        """Products at three gradients each."""
+        return 3.0 * self.steps + 10

@@ -1,0 +1,493 @@
+"""The monitor: put into any training loop, it measures at chosen steps and writes a run."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from ..errors import OptionError, RunError, StopTraining, check_option
+from ..problem import Problem, require_problem
+from . import identity
+from .adapters import adapter_of
+from .alarms import Alarm, AlarmEvent, MonitorWarning, Watch, default_alarms
+from .budget import Budget
+from .curvature_measures import OF_CURVATURE
+from .measures import Measure, choose
+from .moment import REFERENCES, Moment, check_shapes, undisturbed
+from .probe import make_probe
+from .recorder import Recorder
+from .schedules import Schedule, Timing
+from .snapshots import SnapshotMeasure, Snapshots
+
+DEFAULT = ("loss", "gradient", "update", "error", "preconditioner", "diagnostics", "sharpness")
+_ENOUGH = 5  # failures in succession after which a measure is given up
+_FIRST = 4.0  # training steps that the first gradient on the probe may take
+
+
+class Monitor:
+    """Watch a training: measure curvature at chosen steps, within a share of the time.
+
+    Put it around any loop and call :meth:`step` after every step of the optimizer. The training's
+    trajectory is that of the loop without it, bit for bit: random states, gradients, buffers and
+    flags are as they were when :meth:`step` returns. Errors of the monitor become records and a
+    warning; they end the training only with ``strict=True``.
+
+    Parameters
+    ----------
+    problem
+        A :class:`~curvscope.Problem` of the model that is trained: its loss, its data, its blocks.
+    optimizer
+        Any ``torch.optim.Optimizer``. Curvature is read from ``optimizer.curvature()``, or from the
+        state of Adam, AdamW, NAdam, RAdam, RMSprop, Adagrad, AdaBelief and Shampoo
+        (``cs.training.register_adapter`` adds others); of the rest only exact quantities.
+    path
+        Folder of the run, which :class:`~curvscope.training.Run` reads. A folder of the same
+        training is continued, another one refused (``RunError``). ``None`` keeps the latest 10,000
+        rows in memory (:meth:`frame`).
+    every
+        Schedule of all measures without one of their own, except the loss: ``n`` for every n-th
+        step, a list of steps, or ``Every``, ``PowersOfTwo``, ``At``, ``Share`` of ``cs.training``.
+    measures
+        Names (``"default"`` stands for the default ones), objects of ``cs.training.Measure``, or a
+        mapping from either to schedules. Default: loss, gradient, update, error, preconditioner,
+        diagnostics, sharpness, as far as the optimizer has them.
+    budget
+        Most that the monitor may take, as a share of training time, or ``None`` for no cap. It is
+        kept by leaving out measurements, which is recorded.
+    probe
+        Where curvature is measured: a number of samples (default 256) drawn once from the problem,
+        ``"all"``, ``"current"`` (the batch given to :meth:`step`), or a Problem.
+    reference
+        The exact matrix: ``"ggn"`` or ``"hessian"``.
+    alarms
+        Objects of ``cs.training.Alarm``; default: not finite, damping fires, near the identity,
+        too sharp. ``()`` for none.
+    on_alarm
+        Called with an ``AlarmEvent`` when one is raised. ``cs.training.stop`` ends the training.
+    snapshots
+        ``"projection"``, ``"strided"``, ``"full"`` or a ``cs.training.Snapshots``; default none.
+    seed
+        Of the probe and of whatever measures draw.
+    strict
+        Whether errors of the monitor are raised.
+    clock
+        What tells the seconds.
+
+    Raises ``OptionError``, ``RunError``, ``OutputError`` when it is made. Cost: see ``budget``;
+    what was spent stands in :attr:`overhead` and in the run. Memory does not grow with the steps.
+
+    Source: Cohen et al. 2021 (arXiv 2103.00065) for ``lambda_max * lr`` against 2.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        optimizer: Any,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        every: Any = None,
+        measures: str | Iterable[Any] | Mapping[Any, Any] | None = None,
+        budget: float | None = 0.05,
+        probe: Any = None,
+        reference: str = "ggn",
+        alarms: Sequence[Alarm] | None = None,
+        on_alarm: Callable[[AlarmEvent], Any] | None = None,
+        snapshots: str | Snapshots | None = None,
+        seed: int = 0,
+        strict: bool = False,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.budget = Budget(budget, clock)
+        self.budget.enter()
+        require_problem(problem)
+        if not hasattr(optimizer, "param_groups"):
+            raise OptionError(
+                f"A Monitor watches a torch optimizer, not {type(optimizer).__name__}: "
+                "cs.Monitor(problem, optimizer, path)."
+            )
+        check_option("reference", reference, REFERENCES)
+        self.problem, self.optimizer, self.reference = problem, optimizer, reference
+        self.seed, self.strict, self.on_alarm = seed, strict, on_alarm
+        known = callable(getattr(optimizer, "curvature", None)) or adapter_of(optimizer)
+        self.measures = choose(measures, every, _defaults(optimizer, bool(known)))
+        if isinstance(snapshots, str):
+            snapshots = Snapshots(snapshots)
+        if snapshots is not None:
+            keeper = SnapshotMeasure(snapshots)
+            keeper.start(problem)
+            self.measures.append((keeper, keeper.when))
+        self.budget.open((m.name, m.weight) for m, _ in self.measures)
+        method = str(getattr(optimizer, "method", type(optimizer).__name__))
+        self.watch = Watch(default_alarms() if alarms is None else alarms, method)
+        self.probe = make_probe(problem, probe, seed)
+        self.steps = 0
+        self.stopped: AlarmEvent | None = None
+        self._shapes = {n: tuple(p.shape) for n, p in problem.user_model.named_parameters()}
+        self._device = problem.device
+        self._memo: dict[str, Any] = {}
+        self._planned: set[str] = set()
+        self._before: dict[str, float] = {}
+        self._previous: Moment | None = None
+        self._loaded: dict[str, Any] | None = None
+        self._begun = self._closed = False
+        self._warned: set[str] = set()
+        self._idle = torch.distributed.is_available() and torch.distributed.is_initialized()
+        self._idle = self._idle and torch.distributed.get_rank() != 0
+        settings = {
+            "measures": {m.name: {"schedule": repr(s), **m.settings()} for m, s in self.measures},
+            "budget": budget,
+            "probe": "current" if self.probe is None else probe if probe == "all" else "fixed",
+            "reference": reference,
+            "seed": seed,
+            "alarms": [repr(alarm) for alarm in self.watch.alarms],
+            "snapshots": None if snapshots is None else snapshots.describe(),
+        }
+        head = identity.header(problem, optimizer, self.probe, settings)
+        self.recorder = Recorder(None if self._idle else path, head, self._warn)
+        if not known:
+            asked = [m.name for m, _ in self.measures if m.name in OF_CURVATURE]
+            if asked:
+                self._warn(
+                    f"{method} has no curvature that can be read: {', '.join(asked)} will have no "
+                    "records. Give it a curvature() method, or add an adapter with "
+                    "cs.training.register_adapter."
+                )
+        self.budget.leave()
+
+    # -- the loop --------------------------------------------------------------------------------
+
+    def step(self, loss: Any = None, *, batch: Any = None) -> None:
+        """To be called after every step of the optimizer, with its loss (a number or a tensor).
+
+        ``batch`` is the ``(inputs, targets)`` of this step, for ``probe="current"``. Raises
+        ``StopTraining`` if an alarm's callback did, and with ``strict=True`` what a measure raises.
+        """
+        if self._idle or self._closed:
+            return
+        self.budget.enter()
+        try:
+            if not self._begun:
+                self._begin()
+            self.steps += 1
+            self._visit(loss, batch)
+        except StopTraining:
+            raise
+        except Exception as error:
+            self._trouble("monitor", error)
+        finally:
+            self.budget.leave()
+
+    def _begin(self) -> None:
+        """At the first step: where the run stands, and what a restart supersedes."""
+        self._begun = True
+        if self._loaded is not None:
+            start = int(self._loaded["step"])
+        else:
+            start = max(0, (identity.steps_of(self.optimizer) or 1) - 1)
+        self.steps = start
+        try:
+            self.recorder.begin(start)
+        except RunError as error:
+            if self.strict:
+                raise
+            self._warn(str(error))
+            self.recorder.give_up()
+        if start == 0:
+            for measure, _ in self.measures:
+                if isinstance(measure, SnapshotMeasure):
+                    self._write(0, measure.name, measure.initial(), 0.0)
+
+    def _visit(self, loss: Any, batch: Any) -> None:
+        step = self.steps
+        timings = {m.name: self._timing(m.name) for m, _ in self.measures}
+        due = [m for m, s in self.measures if self._is_due(m, s, step, timings[m.name])]
+        ahead = [m for m, s in self.measures if m.needs_before and s.due(step + 1, timings[m.name])]
+        previous, self._previous = self._previous, None
+        moment = Moment(
+            step,
+            loss,
+            self.problem if self.probe is None else self.probe,
+            self.optimizer,
+            reference=self.reference,
+            seed=self.seed,
+            memo=self._memo,
+            previous=previous,
+            clock=self.budget.clock,
+        )
+        cheap = [m for m in due if not m.disturbs]
+        dear = [m for m in due if m.disturbs]
+        for measure in cheap:
+            self._try(measure, moment)
+        if not dear and not ahead:
+            return
+        with undisturbed(self.optimizer, self._device):
+            check_shapes(self.problem, self._shapes)
+            if self.probe is None:
+                moment.problem = self._current(batch)
+            accounts = self.budget.accounts
+            for measure in sorted(dear, key=lambda m: accounts[m.name].used / m.weight):
+                self._try(measure, moment)
+            self._prepare(ahead, moment)
+
+    def _is_due(self, measure: Measure, when: Schedule, step: int, timing: Timing) -> bool:
+        if measure.needs_before:  # decided, and booked, a step earlier
+            return measure.name in self._planned
+        return when.due(step, timing)
+
+    def _prepare(self, measures: Sequence[Measure], moment: Moment) -> None:
+        """What the measures of the next step need of this one."""
+        self._planned, self._before = set(), {}
+        for measure in measures:
+            if not self._affordable(measure, moment):
+                continue
+            start = self.budget.clock()
+            try:
+                measure.before(moment)
+            except Exception as error:
+                self._failed(measure, error)
+                continue
+            self._before[measure.name] = self.budget.clock() - start
+            self._planned.add(measure.name)
+        if self._planned:
+            _ = moment.at  # before the parameters change
+            self._previous = moment
+            moment.previous = None
+
+    def _try(self, measure: Measure, moment: Moment) -> None:
+        if measure.needs_before:
+            if moment.previous is None:
+                return
+        elif not self._affordable(measure, moment):
+            return
+        account = self.budget.accounts[measure.name]
+        start = self.budget.clock()
+        try:
+            rows = measure.take(moment)
+            account.in_succession = 0
+            account.taken += 1
+            self._record(measure.name, rows)
+        except StopTraining:
+            raise
+        except Exception as error:
+            self._failed(measure, error)
+        finally:
+            taken = self.budget.clock() - start
+            account.spend(taken + self._before.pop(measure.name, 0.0))
+
+    # -- time ------------------------------------------------------------------------------------
+
+    def _timing(self, name: str) -> Timing:
+        account = self.budget.accounts[name]
+        estimate = account.estimate if account.estimate == account.estimate else 0.0
+        return Timing(account.used, self.budget.training, estimate)
+
+    def _affordable(self, measure: Measure, moment: Moment) -> bool:
+        account = self.budget.accounts[measure.name]
+        if account.in_succession >= _ENOUGH:
+            return False
+        if self.budget.share is None:
+            return True
+        estimate, first = account.estimate, account.taken == 0
+        if estimate != estimate:
+            estimate = self._first_estimate(measure, moment)
+        if estimate == estimate and self.budget.allows(measure.name, estimate, first=first):
+            return True
+        account.thinned += 1
+        if account.thinned & (account.thinned - 1) == 0:  # recorded the 1st, 2nd, 4th ... time
+            row = {"event": "thinned", "of": measure.name, "times": account.thinned}
+            self.recorder.write(
+                self.steps, "monitor", [{**row, "estimate": estimate}], self.budget.training
+            )
+        return False
+
+    def _first_estimate(self, measure: Measure, moment: Moment) -> float:
+        """Seconds of a measure that was never taken, by its price in gradients over the probe.
+
+        NaN while that cannot be known: the gradient itself is timed once there is time for it.
+        """
+        if type(measure).price is Measure.price:
+            return 0.0
+        if "unit" not in self._memo:
+            each = self.budget.training / max(1, self.steps)
+            if self.budget.allowance < 3 * _FIRST * each:
+                return math.nan
+            _ = moment.gradient
+        unit = float(self._memo["unit"])
+        return measure.price(moment) * unit if self.budget.allowance > 3 * unit else math.nan
+
+    @property
+    def overhead(self) -> float:
+        """Seconds of the monitor over seconds of training so far."""
+        return self.budget.total / self.budget.training if self.budget.training else 0.0
+
+    # -- records ---------------------------------------------------------------------------------
+
+    def _write(self, step: int, name: str, rows: Sequence[dict[str, Any]], seconds: float) -> None:
+        tensors = next((r["tensors"] for r in rows if "tensors" in r), None)
+        plain = [{k: v for k, v in row.items() if k != "tensors"} for row in rows]
+        self.recorder.write(step, name, plain, seconds, tensors)
+
+    def _record(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
+        self._write(self.steps, name, rows, self.budget.training)
+        for state, event in self.watch.show(self.steps, name, rows):
+            row = {"alarm": event.alarm, "block": event.block, "state": state}
+            row["message"] = event.message
+            self.recorder.write(self.steps, "alarm", [row], self.budget.training)
+            if state == "raised":
+                self._warn(f"Step {event.step}: {event.message}.")
+                if self.on_alarm is not None:
+                    self._call(event)
+
+    def _call(self, event: AlarmEvent) -> None:
+        assert self.on_alarm is not None
+        try:
+            self.on_alarm(event)
+        except StopTraining:
+            self.stopped = event
+            row = {"event": "stopped", "of": event.alarm, "message": event.message}
+            self.recorder.write(self.steps, "monitor", [row], self.budget.training)
+            raise
+
+    def _failed(self, measure: Measure, error: Exception) -> None:
+        account = self.budget.accounts[measure.name]
+        account.failed += 1
+        account.in_succession += 1
+        end = account.in_succession >= _ENOUGH
+        self._trouble(measure.name, error, f"given up after {_ENOUGH} failures" if end else "")
+
+    def _trouble(self, name: str, error: Exception, note: str = "") -> None:
+        """An error of the monitor's own: raised if strict, else recorded and warned of once."""
+        if self.strict:
+            raise error
+        kind = f"{type(error).__name__}: {error}"
+        row = {"event": "failed", "of": name, "error": kind, "note": note}
+        self.recorder.write(self.steps, "monitor", [row], self.budget.training)
+        if (key := f"{name} {type(error).__name__} {note}") not in self._warned:
+            self._warned.add(key)
+            end = f" It is {note}." if note else " Training goes on; this is recorded."
+            self._warn(f"Step {self.steps}: measuring {name!r} failed ({kind}).{end}")
+
+    def _warn(self, message: str) -> None:
+        warnings.warn(MonitorWarning(message), stacklevel=4)
+
+    def _current(self, batch: Any) -> Problem:
+        if batch is None:
+            raise OptionError(
+                'probe="current" needs the batch: monitor.step(loss, batch=(inputs, targets)).'
+            )
+        return self.problem.with_data([batch], check=False)
+
+    def frame(self, measure: str | None = None) -> Any:
+        """What was measured, as a pandas frame: of the run, or the latest rows without a path."""
+        return self.recorder.frame(measure)
+
+    # -- checkpoints -----------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint: plain values that ``torch.load(weights_only=True)`` reads."""
+        return {
+            "run": self.recorder.id,
+            "step": self.steps,
+            "budget": self.budget.state(),
+            "alarms": self.watch.state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue a run from a checkpoint, before the first :meth:`step`.
+
+        Records after the checkpoint's step are superseded by what is measured now. Raises
+        ``OptionError`` after the first step.
+        """
+        if self._begun:
+            raise OptionError("load_state_dict comes before the first monitor.step().")
+        self._loaded = dict(state)
+        self.steps = int(state["step"])
+        left = self.budget.training, self.budget.spent
+        self.budget.load(dict(state["budget"]))
+        self.budget.training += left[0]
+        self.budget.spent += left[1]
+        self.watch.load(dict(state["alarms"]))
+
+    # -- end -------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool:
+        self.close(failed=error if error is not self.stopped else None)
+        return isinstance(error, StopTraining) and self.stopped is not None
+
+    def close(self, *, failed: BaseException | None = None) -> None:
+        """Write what the monitor took and left out, and warn of what never happened."""
+        if self._closed or self._idle:
+            return
+        self._closed = True
+        self.budget.enter()
+        budget = self.budget
+        if self._begun:
+            accounts = budget.accounts.items()
+            state = "finished" if failed is None else f"ended by {type(failed).__name__}"
+            summary = {"event": state, "spent": budget.total, "share": self.overhead}
+            rows = [summary] + [
+                {
+                    "event": "measure",
+                    "of": name,
+                    "taken": a.taken,
+                    "thinned": a.thinned,
+                    "failed": a.failed,
+                    "used": a.used,
+                }
+                for name, a in accounts
+            ]
+            self.recorder.write(self.steps, "monitor", rows, budget.training)
+        self.recorder.close()
+        budget.leave()
+        if failed is None:
+            for message in self._complaints():
+                self._warn(message)
+
+    def _complaints(self) -> list[str]:
+        if not self._begun:
+            return [
+                "monitor.step() was never called, so nothing was measured: call it after every "
+                "optimizer.step(), inside the loop."
+            ]
+        found = []
+        for measure, when in self.measures:
+            account = self.budget.accounts[measure.name]
+            if account.taken or account.failed:
+                continue
+            if account.thinned:
+                need = account.estimate
+                price = f" (about {need:.2g} s each)" if need == need else ""
+                found.append(
+                    f"{measure.name!r} was due {account.thinned} times and never fitted into the "
+                    f"budget of {100 * (self.budget.share or 0):g} % of "
+                    f"{self.budget.training:.3g} s{price}: train longer, raise budget=, or take a "
+                    "smaller probe=."
+                )
+            else:
+                found.append(
+                    f"The schedule {when!r} of {measure.name!r} never came up in {self.steps} "
+                    "steps: choose one that fits the length of the training."
+                )
+        return found
+
+
+def _defaults(optimizer: Any, known: bool) -> tuple[str, ...]:
+    names = DEFAULT if known else tuple(n for n in DEFAULT if n not in OF_CURVATURE)
+    if not callable(getattr(optimizer, "diagnostics", None)):
+        names = tuple(n for n in names if n != "diagnostics")
+    return names

@@ -1,0 +1,99 @@
+"""Between the monitor and its run: begins, continues, and survives a full disk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ..errors import OptionError, RunError
+from .lines import CONTINUED
+from .run import Run
+from .store import Memory, Writer
+
+
+class Recorder:
+    """Writes records to a folder or keeps them in memory; stops, saying so once, if it must."""
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None,
+        header: Mapping[str, Any],
+        warn: Callable[[str], None],
+    ) -> None:
+        self.path = path
+        self._mine = dict(header)
+        self._warn = warn
+        self._store: Writer | Memory = Memory(header) if path is None else Writer(path, header)
+        self.writing = True
+
+    @property
+    def id(self) -> str:
+        """The run's own name, which its checkpoints carry."""
+        return str(self._store.header.get("id", ""))
+
+    def begin(self, start: int) -> None:
+        """Before the first record: mark what comes after step ``start`` as superseded.
+
+        Raises ``RunError`` where the run has records and the training begins anew from other
+        parameters.
+        """
+        store = self._store
+        again = isinstance(store, Writer) and store.rows > 0
+        if again and start == 0 and store.header.get("initial") != self._mine["initial"]:
+            raise RunError(
+                f"{self.path} holds a run up to step {store.last_step} that began from other "
+                "parameters, and this training begins at step 0: nothing is written. Give path= "
+                "another folder, or continue the run from a checkpoint: optimizer.load_state_dict "
+                "and monitor.load_state_dict before the first step."
+            )
+        versions = {"versions": self._mine["versions"]}
+        if again:
+            row = {"superseded_up_to": store.last_step, **versions}
+            self.write(start, CONTINUED, [row], 0.0)
+        else:
+            self.write(start, "monitor", [{"event": "began", **versions}], 0.0)
+
+    def write(
+        self,
+        step: int,
+        measure: str,
+        rows: Sequence[Mapping[str, Any]],
+        seconds: float,
+        tensors: Any = None,
+    ) -> None:
+        """One record; ``seconds`` of training. An ``OSError`` ends the writing only."""
+        if not self.writing or not rows:
+            return
+        rows = [{"seconds": round(seconds, 6), **row} for row in rows]
+        try:
+            self._store.append(step, measure, rows, tensors)
+        except OSError as error:
+            self.give_up()
+            self._warn(
+                f"Step {step}: the run {self.path} can no longer be written ({error}). Training "
+                "goes on without records; those written so far are complete."
+            )
+
+    def give_up(self) -> None:
+        """Write nothing more."""
+        self.writing = False
+        self._store.close()
+
+    def close(self) -> None:
+        """Everything to the disk."""
+        if self.writing:
+            self._store.close()
+            self.writing = False
+
+    def frame(self, measure: str | None) -> Any:
+        """Records as a pandas frame."""
+        if self.path is not None:
+            return Run(self.path).frame(measure)
+        import pandas as pd
+
+        assert isinstance(self._store, Memory)
+        kept = [r for r in self._store.kept if measure in (None, r["measure"])]
+        if measure is not None and not kept:
+            raise OptionError(f"There is no record of {measure!r} yet.")
+        return pd.DataFrame.from_records(kept)
