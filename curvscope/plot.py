@@ -26,7 +26,14 @@ from .plotting.local import plot_gradient_noise, plot_local_model
 from .plotting.matrices import plot_blocks, plot_factors, plot_matrix
 from .plotting.shares import plot_bands, plot_diagonal_shares
 from .plotting.spectra import plot_histogram, plot_spectra
+from .plotting.stability import (
+    plot_density_over_steps,
+    plot_edge_of_stability,
+    plot_eigenvalues_over_steps,
+)
 from .plotting.style import style
+from .plotting.surfaces import plot_ellipses, plot_surface
+from .plotting.trajectories import plot_distances, plot_trajectories
 
 __all__ = [
     "plot",
@@ -36,9 +43,14 @@ __all__ = [
     "plot_cost",
     "plot_coverage",
     "plot_density",
+    "plot_density_over_steps",
     "plot_diagonal",
     "plot_diagonal_shares",
+    "plot_distances",
+    "plot_edge_of_stability",
     "plot_eigenpairs",
+    "plot_eigenvalues_over_steps",
+    "plot_ellipses",
     "plot_estimate",
     "plot_factors",
     "plot_fourier",
@@ -49,6 +61,8 @@ __all__ = [
     "plot_matrix",
     "plot_scree",
     "plot_spectra",
+    "plot_surface",
+    "plot_trajectories",
     "plot_verification",
     "style",
 ]
@@ -73,6 +87,8 @@ _KINDS: dict[str, dict[str, Callable[..., Any]]] = {
     "Density": {"density": plot_density},
     "GradientNoise": {"batch sizes": plot_gradient_noise},
     "LocalModel": {"ratio": plot_local_model},
+    "LossSurface": {"contours": plot_surface},
+    "Trajectories": {"paths": plot_trajectories, "distances": plot_distances},
 }
 
 
