@@ -36,13 +36,30 @@ _PUBLIC = {
     "verify": "analysis",
     "trace": "analysis",
     "diagonal": "analysis",
+    "norm": "analysis",
+    "cosine": "analysis",
+    "logdet": "analysis",
+    "effective_dimension": "analysis",
+    "condition_number": "analysis",
     "eigsh": "analysis",
     "negative_curvature": "analysis",
     "density": "analysis",
+    "Monitor": "training",
+    "Run": "training",
     "make_report": "report",
     "show_progress": "progress",
 }
-_MODULES = ("analysis", "curvature", "errors", "operators", "optim", "plot", "problem", "zoo")
+_MODULES = (
+    "analysis",
+    "curvature",
+    "errors",
+    "operators",
+    "optim",
+    "plot",
+    "problem",
+    "training",
+    "zoo",
+)
 
 __all__ = [*_PUBLIC, *_MODULES, "__version__", "backpack"]
 

@@ -1,10 +1,13 @@
 """Estimators: numbers of a matrix from its products, each with its error."""
 
+from .condition import condition_number
 from .density import Density, density
 from .diagonal import DiagonalEstimate, diagonal
 from .eigenpairs import Eigenpairs, NegativeCurvature
 from .eigsh import eigsh, negative_curvature
 from .estimate import Estimate
+from .functions import effective_dimension, logdet
+from .norm import cosine, norm
 from .trace import trace
 
 __all__ = [
@@ -13,9 +16,14 @@ __all__ = [
     "Eigenpairs",
     "Estimate",
     "NegativeCurvature",
+    "condition_number",
+    "cosine",
     "density",
     "diagonal",
+    "effective_dimension",
     "eigsh",
+    "logdet",
     "negative_curvature",
+    "norm",
     "trace",
 ]

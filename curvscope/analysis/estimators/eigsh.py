@@ -30,7 +30,7 @@ from .common import (
     title,
 )
 from .eigenpairs import Eigenpairs, NegativeCurvature
-from .krylov import Krylov, Ritz, thresholds, wanted
+from .krylov import SLACK, Krylov, Ritz, thresholds, wanted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -121,7 +121,17 @@ def eigsh(
         keeper = Keeper(checkpoint, meter, stated)
         most += meter.used
         with keeper.kept():
-            found = _lanczos(meter, start, k, which, tol, most, keeper, seed)
+            found = solve(
+                meter,
+                start,
+                k,
+                which=which,
+                tol=tol,
+                most=most,
+                keeper=keeper,
+                seed=seed,
+                copies=k > (2 if which == "BE" else 1) or v0 is not None,
+            )
     else:
         if checkpoint is not None:
             raise OptionError(f"method={method!r} cannot be resumed; leave out checkpoint=.")
@@ -230,16 +240,24 @@ def _capacity(size: int, itemsize: int, k: int, block: int) -> int:
     return max(2 * k + 4 * block, 24, min(_CAPACITY, fitting))
 
 
-def _lanczos(
+def solve(
     meter: Meter,
     start: Tensor,
     k: int,
+    *,
     which: str,
     tol: float,
     most: int,
     keeper: Keeper,
     seed: int,
+    slack: float = SLACK,
+    copies: bool = True,
 ) -> Found:
+    """Block Lanczos until ``k`` pairs have converged or ``most`` products are spent.
+
+    ``copies=False`` leaves out the look for further copies of multiple eigenvalues, which change
+    nothing where the outermost one alone is wanted and the start is random.
+    """
     room = _capacity(meter.size, start.element_size(), k, start.shape[1])
     krylov = Krylov(meter, start, room, seed=seed)
     state = keeper.load()
@@ -251,18 +269,19 @@ def _lanczos(
         if krylov.count >= k:
             pairs = krylov.ritz(k, which)
             if krylov.count >= meter.size:
-                return _found(krylov, pairs, tol, "The basis spans the whole space.")
-            limits = thresholds(pairs, tol, krylov.eps)
+                return _found(krylov, pairs, tol, slack, "The basis spans the whole space.")
+            limits = thresholds(pairs, tol, krylov.eps, slack)
             if bool((pairs.residuals <= limits).all()):
-                done = _settle(krylov, pairs, limits, which, most, warnings)
+                done = _settle(krylov, pairs, limits, which, most, warnings, copies)
                 if done is not None:
-                    return _found(krylov, pairs, tol, done, tuple(warnings))
+                    return _found(krylov, pairs, tol, slack, done, tuple(warnings))
         width = max(1, len(krylov.pending))
         if meter.used + width > most:
             return _found(
                 krylov,
                 krylov.ritz(min(k, krylov.count), which),
                 tol,
+                slack,
                 f"It stopped as the budget of {most} products is spent.",
                 tuple(warnings),
             )
@@ -281,6 +300,7 @@ def _settle(
     which: str,
     most: int,
     warnings: list[str],
+    copies: bool,
 ) -> str | None:
     """Why these pairs are final, or ``None`` if the iteration has to go on."""
     _, true = krylov.residuals(pairs)
@@ -291,6 +311,8 @@ def _settle(
         return (
             "It stopped as rounding does not allow smaller residuals; use a larger tol= or float64."
         )
+    if not copies:
+        return f"{met}."
     margin = float(limits.max())
     left = most - krylov.meter.used
     if left < 1:
@@ -310,10 +332,15 @@ def _settle(
 
 
 def _found(
-    krylov: Krylov, pairs: Ritz, tol: float, reason: str, warnings: tuple[str, ...] = ()
+    krylov: Krylov,
+    pairs: Ritz,
+    tol: float,
+    slack: float,
+    reason: str,
+    warnings: tuple[str, ...] = (),
 ) -> Found:
     rows, residuals = krylov.residuals(pairs)
-    good = tuple((residuals <= thresholds(pairs, tol, krylov.eps)).tolist())
+    good = tuple((residuals <= thresholds(pairs, tol, krylov.eps, slack)).tolist())
     bad = [str(i + 1) for i, fine in enumerate(good) if not fine]
     if bad:
         warnings = (

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...errors import OptionError
 from .common import Meter, normals
 
-_SLACK = 1e-3  # eigenvalues below this share of the largest are judged as if they were as large
+SLACK = 1e-3  # eigenvalues below this share of the largest are judged as if they were as large
 
 
 @dataclass
@@ -220,7 +220,7 @@ def wanted(values: Tensor, count: int, which: str) -> Tensor:
     return values.abs().argsort(descending=True, stable=True)[:count]
 
 
-def thresholds(pairs: Ritz, tol: float, eps: float) -> Tensor:
+def thresholds(pairs: Ritz, tol: float, eps: float, slack: float = SLACK) -> Tensor:
     """The residual that each pair may have."""
-    floor = max(_SLACK * tol, 50 * eps) * pairs.scale
+    floor = max(slack * tol, 50 * eps) * pairs.scale
     return (tol * pairs.values.abs()).clamp_min(floor)

@@ -13,6 +13,8 @@ from ...progress import track
 from .checkpoint import Keeper
 from .common import Meter, column_dots, signs
 
+_PAIRS = 2**30  # entries of pairs of probes that are looked at for the diagonal's errors
+_ROWS = 2**21  # numbers in one temporary of the diagonal's errors
 _NOISE = 50.0  # times eps: below that, a column of A Omega adds nothing
 
 
@@ -79,37 +81,60 @@ class LeaveOneOut:
         directions = inverse.mT
         return directions / directions.norm(dim=0)
 
-    def traces(self) -> Tensor:
-        """The trace as every probe left out gives it: ``[n]``."""
+    def traces(self) -> tuple[Tensor, float]:
+        """The trace as every probe left out gives it, ``[n]``, and the error of their mean."""
         H = (self.basis.mT @ self.images).double().cpu()
         H = (H + H.mT) / 2
+        n = self.count
         if not self.full:
-            return torch.full((self.count,), float(H.trace()), dtype=torch.float64)
+            return torch.full((n,), float(H.trace()), dtype=torch.float64), 0.0
         S, W = self.directions(), (self.basis.mT @ self.probes).double().cpu()
-        inside = H.trace() - (S * (H @ S)).sum(0)
-        X = W - S * (S * W).sum(0)
-        return inside + self.dots - 2 * (X * self.R).sum(0) + (X * (H @ X)).sum(0)
+        SHS, SHW, a = S.mT @ (H @ S), S.mT @ (H @ W), S.mT @ W
+        r = (S * self.R).sum(0)  # S^T R is diagonal
+        outside = self.dots - 2 * (W * self.R).sum(0) + (W * (H @ W)).sum(0)
+        h, own = SHS.diagonal(), a.diagonal()
+        values = H.trace() - h + outside + 2 * own * r - 2 * own * SHW.diagonal() + own**2 * h
+        # the same with a second probe j left out as well, [i, j]
+        C, w = _pairs(S)
+        alpha = w * (own[:, None] - C * a.mT)
+        beta = w * (a.mT - C * own[:, None])
+        inside = H.trace() - w * (h[:, None] + h - 2 * C * SHS)
+        cross = alpha * SHW.diagonal()[:, None] + beta * SHW.mT
+        square = alpha**2 * h[:, None] + 2 * alpha * beta * SHS + beta**2 * h
+        fewer = inside + outside[:, None] + 2 * alpha * r[:, None] - 2 * cross + square
+        change = values[:, None] - fewer
+        change.fill_diagonal_(0.0)
+        shared = (change * change.mT).sum() / (n * (n - 1))
+        return values, float(_error(values.var(), shared, n))
 
     def diagonals(self) -> tuple[Tensor, Tensor]:
         """Mean and standard error ``[P]`` of the diagonal with every probe left out in turn."""
-        known = (self.basis.double() * self.images.double()).sum(1)
         if not self.full:
+            known = (self.basis.double() * self.images.double()).sum(1)
             return known, torch.zeros_like(known)
-        S = self.directions()
-        weights = (S * self.R).sum(0)
-        total = torch.zeros_like(known)
-        squares = torch.zeros_like(known)
-        S = S.to(self.basis.device)
-        for k in range(self.count):
-            left = self.basis.double() @ S[:, k]
-            image = self.images.double() @ S[:, k]
-            value = left * (float(weights[k]) * self.probes[:, k].double() - image)
-            total += value
-            squares += value.square()
-        n = self.count
-        mean = total / n
-        spread = (squares / n - mean.square()).clamp_min(0.0) * n / (n - 1)
-        return known + mean, (spread / n).sqrt()
+        S, n, device = self.directions(), self.count, self.basis.device
+        C, w = (x.to(device) for x in _pairs(S))
+        r = (S * self.R).sum(0).to(device)
+        S = S.to(device)
+        shifts = range(1, 1 + max(1, min(n // 2, _PAIRS // (n * self.meter.size))))
+        means, errors = [], []
+        height = max(1, _ROWS // n)
+        for start in range(0, self.meter.size, height):
+            part = slice(start, start + height)
+            basis, images = self.basis[part].double(), self.images[part].double()
+            g, q, z = self.probes[part].double() * r, basis @ S, images @ S
+            values = (basis * images).sum(1, keepdim=True) - q * z + g * q
+            shared = torch.zeros_like(values[:, 0])
+            for shift in shifts:  # what leaving out j too changes for i, and the other way round
+                c, v = (x.diagonal(shift) for x in (torch.cat([C, C], 1), torch.cat([w, w], 1)))
+                gj, qj, zj = (x.roll(-shift, 1) for x in (g, q, z))
+                joint = v * (q * z + qj * zj - c * (q * zj + qj * z))
+                one = joint - q * z + g * (q - v * (q - c * qj))
+                two = joint - qj * zj + gj * (qj - v * (qj - c * q))
+                shared += (one * two).mean(1) / len(shifts)
+            means.append(values.mean(1))
+            errors.append(_error(values.var(1), shared, n))
+        return torch.cat(means), torch.cat(errors)
 
     def state(self) -> dict[str, Any]:
         """Everything that :meth:`resume` needs; the probes are drawn again."""
@@ -130,6 +155,26 @@ class LeaveOneOut:
         self.basis, self.images = state["basis"].to(device), state["images"].to(device)
         self.R, self.dots, self.full = state["R"], state["dots"], state["full"]
         self.meter.used = state["used"]
+
+
+def _pairs(S: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines of the directions ``[n, n]``, and ``1 / (1 - cosine^2)`` with zeros for ``i = j``."""
+    C = S.mT @ S
+    w = 1 / (1 - C.square()).clamp_min(1e-12)
+    w.fill_diagonal_(0.0)
+    return C, w
+
+
+def _error(spread: Tensor, shared: Tensor, count: int) -> Tensor:
+    """Standard error of a mean of ``count`` values of variance ``spread`` that share subspaces.
+
+    With ``Y_ij`` the value of probe ``i`` where ``j`` is left out too, ``Y_ij`` and ``Y_ji`` are
+    independent given the other probes, and ``X_i`` has the right mean whatever ``j`` is. So the
+    covariance of ``X_i`` and ``X_j`` is the mean of ``(X_i - Y_ij) (X_j - Y_ji)``: ``shared``.
+    The plain ``spread / n`` is too small by a half and more, the jackknife too large.
+    """
+    plain = spread / count
+    return torch.maximum(plain + shared, plain / 4).sqrt()
 
 
 def leave_one_out(

@@ -43,6 +43,7 @@ def sample_until(
     meter: Meter,
     label: str,
     extra: Mapping[str, Any] | None = None,
+    absolute: bool = False,
 ) -> Sampled:
     """Samples until the half width of the interval is ``tol`` of the value, or there are ``most``.
 
@@ -65,24 +66,24 @@ def sample_until(
         seen = done[:target]
         value, stderr = estimate(seen)
         half = quantile(confidence, target - 1) * stderr
-        if half <= tol * abs(value):
-            reason = f"It stopped as the interval's half width is below {tol:g} of the value."
+        allowed = tol if absolute else tol * abs(value)
+        if half <= allowed:
+            of = "" if absolute else " of the value"
+            reason = f"It stopped as the interval's half width is below {tol:g}{of}."
             return Sampled(seen, value, stderr, True, reason)
         if target >= most:
-            needs = _needed(target, half, tol, value)
+            needs = _needed(target, half, allowed)
             more = f" About {number(float(needs))} probes would." if math.isfinite(needs) else ""
             reason = (
                 f"It stopped as the budget is spent; {target} probes do not reach tol={tol:g}, the "
-                f"interval's half width is {number(half / abs(value) if value else math.inf, 2)} "
-                f"of the value.{more}"
+                f"interval's half width is {number(half, 2)}.{more}"
             )
             return Sampled(seen, value, stderr, False, reason)
-        wanted = max(_GROWTH * target, _MARGIN * _needed(target, half, tol, value))
+        wanted = max(_GROWTH * target, _MARGIN * _needed(target, half, allowed))
         target = int(min(most, math.ceil(wanted) if math.isfinite(wanted) else most))
 
 
-def _needed(count: int, half: float, tol: float, value: float) -> float:
-    allowed = tol * abs(value)
+def _needed(count: int, half: float, allowed: float) -> float:
     return count * (half / allowed) ** 2 if allowed else math.inf
 
 

@@ -26,6 +26,7 @@ class Quadrature:
     nodes: Tensor
     weights: Tensor
     reorthogonalised: int = 0
+    ended: bool = False  # whether every start has spanned an invariant subspace
     moments: Tensor | None = None  # [probes, 4] where the weights do not give them
 
 
@@ -94,7 +95,7 @@ def quadrature(
         ends[ended] = done
         lengths = torch.where(ends <= done, 0.0, lengths) if bool((ends <= done).any()) else lengths
         betas[:, step] = lengths
-        if bool((ends <= done).all()):
+        if bool((ends <= done).all()) and done < steps:
             break
         before = vectors
         divisors = torch.where(lengths > 0, lengths, torch.inf)
@@ -104,6 +105,7 @@ def quadrature(
             break
     found = _nodes(alphas, betas, ends, done)
     found.reorthogonalised = repairs
+    found.ended = bool((ends < steps).all())
     return found
 
 

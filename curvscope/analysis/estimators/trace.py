@@ -61,8 +61,8 @@ def trace(
 
     It stops when the interval at ``confidence`` (Student's t) is no wider than ``tol`` of the value
     on either side, looked at a few times only, or after ``budget`` products. The standard error is
-    that of the mean over probes; for Hutch++ given its subspace, for XTrace the spread of the
-    values with one probe left out, as its authors advise. ``seed`` gives the probes, the same on
+    that of the mean over probes; for Hutch++ given its subspace, for XTrace with the covariance of
+    its leave-one-out values, estimated by leaving out two. ``seed`` gives the probes, the same on
     every device. ``checkpoint`` names a file from which the same call goes on after an
     interruption, with the same result; it takes one more product.
 
@@ -201,8 +201,8 @@ def _xtrace(
     meter: Meter, tol: float, budget: int, confidence: float, seed: int, keeper: Keeper
 ) -> Sampled:
     def interval(parts: LeaveOneOut) -> tuple[float, float]:
-        value, stderr = mean_of(parts.traces())
-        return value, quantile(confidence, max(1, parts.count - 1)) * stderr
+        values, stderr = parts.traces()
+        return float(values.mean()), quantile(confidence, max(1, parts.count - 1)) * stderr
 
     parts = leave_one_out(
         meter,
@@ -213,8 +213,8 @@ def _xtrace(
         keeper=keeper,
         label=f"Trace of the {title(meter.op)}",
     )
-    values = parts.traces()
-    value, stderr = mean_of(values)
+    values, stderr = parts.traces()
+    value = float(values.mean())
     good = interval(parts)[1] <= tol * abs(value)
     return Sampled(values, value, stderr, good, why(good, tol, f"{parts.count} probes"))
 
