@@ -40,17 +40,18 @@ class GridFile:
             return
         header = {
             "format": _FORMAT,
-            "origin_loss": origin_loss,
-            "plane": _digest(plane),
             **json.loads(json.dumps(settings)),
+            "plane": _digest(plane),
+            "origin_loss": origin_loss,
         }
         try:
             content = self.path.read_bytes() if self.path.exists() else b""
             end = content.rfind(b"\n") + 1
             lines = content[:end].decode("utf-8", "replace").splitlines()
-            if content and not lines:  # not even the first line was finished
-                lines, end = [], 0
-            if lines:
+            begin = json.dumps({"format": _FORMAT})[:-1].encode()
+            if content and not lines and content[: len(begin)] != begin[: len(content)]:
+                lines = ["not ours"]
+            if lines:  # else not even the first line was finished
                 self._read(lines, header)
             with open(self.path, "ab") as file:
                 file.truncate(end)

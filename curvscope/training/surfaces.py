@@ -167,7 +167,7 @@ def objective_at(problem: Problem, theta: Tensor, at: Snapshot | None = None) ->
 
 
 def _counts(points: int | tuple[int, int]) -> tuple[int, int]:
-    pair = (points, points) if isinstance(points, int) else tuple(points)
+    pair = tuple(points) if isinstance(points, Sequence) else (points, points)
     if len(pair) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 2 for n in pair):
         raise OptionError(f"points={points!r} must be two whole numbers of at least 2.")
     if pair[0] * pair[1] > _MOST:
