@@ -86,16 +86,21 @@ class DampingFires(Alarm):
             if not any(isinstance(value, int | float) for value in now):
                 continue
             counts = [float(v) if isinstance(v, int | float) else 0.0 for v in now]
-            past = self.memory.setdefault(row["block"], [])
+            past = self.memory.setdefault("counts", {}).setdefault(row["block"], [])
             while len(past) > 1 and past[1][0] <= step - self.window:
                 past.pop(0)
             if past and step - past[0][0] >= self.window:
                 steps = step - past[0][0]
                 shares = [(c - p) / steps for c, p in zip(counts, past[0][1:], strict=True)]
                 k = max(range(len(shares)), key=shares.__getitem__)
+                on = self.memory.setdefault("on", [])
+                # over only when well below, or it would come and go
+                fires = shares[k] >= self.share * (0.8 if row["block"] in on else 1.0)
+                if fires != (row["block"] in on):
+                    (on.append if fires else on.remove)(row["block"])
                 yield Finding(
                     row["block"],
-                    shares[k] >= self.share,
+                    fires,
                     f"the damping {list(self.counters.values())[k]} fired in "
                     f"{100 * shares[k]:.0f} % of the last {steps} steps",
                 )

@@ -10,7 +10,8 @@ from typing import Any
 from ..errors import OptionError
 
 _MARGIN = 1.2  # measurements do not all take the same time
-_GUESS = 1.5  # the price of a first measurement is not known any better
+_RESERVE = 0.005  # seconds, for ending the run
+_GUESS = 1.3  # the price of a first measurement is not known any better
 
 
 @dataclass
@@ -52,6 +53,7 @@ class Budget:
         self.clock = clock
         self.training = self.spent = 0.0
         self.accounts: dict[str, Account] = {}
+        self.steps = 0
         self._left: float | None = None
         self._entered: float | None = None
 
@@ -60,6 +62,7 @@ class Budget:
         now = self.clock()
         if self._left is not None:
             self.training += now - self._left
+            self.steps += 1
         self._entered, self._left = now, None
 
     def leave(self) -> None:
@@ -70,6 +73,11 @@ class Budget:
         self._left, self._entered = now, None
 
     @property
+    def mean_step(self) -> float:
+        """Seconds of training per visit so far."""
+        return self.training / max(1, self.steps)
+
+    @property
     def total(self) -> float:
         """Seconds of the monitor so far, the current visit included."""
         running = 0.0 if self._entered is None else self.clock() - self._entered
@@ -78,7 +86,9 @@ class Budget:
     @property
     def allowance(self) -> float:
         """Seconds that may be spent now."""
-        return math.inf if self.share is None else self.share * self.training - self.total
+        if self.share is None:
+            return math.inf
+        return self.share * self.training - self.total - _RESERVE
 
     def allows(self, name: str, estimate: float, *, first: bool = False) -> bool:
         """Whether a measurement of ``estimate`` seconds may begin; remembers those that wait."""
@@ -88,7 +98,9 @@ class Budget:
         needed = estimate * (_GUESS if first else _MARGIN)
         account.waiting = False
         if not needed <= self.allowance:
-            account.waiting = account.used < self._part(account)
+            # worth saving for if it will fit before the training is twice as long
+            soon = not needed > 2 * self.share * self.training
+            account.waiting = soon and account.used < self._part(account)
             return False
         others = (a for a in self.accounts.values() if a is not account)
         if any(a.waiting and a.used < self._part(a) for a in others):

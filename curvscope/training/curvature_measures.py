@@ -110,7 +110,7 @@ class _Compared(Measure):
 
     def price(self, moment: Moment) -> float:
         """That of the reference's blocks, and as much again for the comparison."""
-        return 10.0 + 1.5 * passes(moment)
+        return 8.0 + 0.75 * passes(moment)
 
 
 @register
@@ -306,7 +306,7 @@ class Concentration(Measure):
 
     def price(self, moment: Moment) -> float:
         """That of the reference's blocks."""
-        return 10.0 + 1.5 * passes(moment)
+        return 8.0 + 0.75 * passes(moment)
 
 
 def _share(diagonal: Tensor, norm: float) -> dict[str, float]:

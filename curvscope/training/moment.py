@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
@@ -16,7 +15,8 @@ from ..curvature import ggn, hessian
 from ..errors import ModelError
 from ..modes import plain_mode
 from ..operators import Operator
-from ..problem import Problem, Snapshot
+from ..problem import Problem, Snapshot, flat_gradient
+from ..problem.data import sample_count, select
 from ..problem.state import random_state
 from .adapters import curvature_of, preconditioner_of
 
@@ -43,7 +43,6 @@ class Moment:
         seed: int = 0,
         memo: dict[str, Any] | None = None,
         previous: Moment | None = None,
-        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.step = step
         self._loss = loss
@@ -53,7 +52,6 @@ class Moment:
         self.seed = seed
         self.memo = {} if memo is None else memo
         self.previous = previous
-        self.clock = clock
 
     @cached_property
     def loss(self) -> float:
@@ -83,11 +81,7 @@ class Moment:
     @cached_property
     def _value_and_gradient(self) -> tuple[float, Tensor]:
         self.problem.check()
-        at = self.at
-        start = self.clock()
-        found = value_and_gradient(self.problem, at)
-        self.memo["unit"] = self.clock() - start
-        return found
+        return value_and_gradient(self.problem, self.at)
 
     @property
     def objective(self) -> float:
@@ -134,6 +128,33 @@ class Moment:
                     self.memo["outputs"] = max(1, outputs.numel() // samples)
                     break
         return int(self.memo["outputs"])
+
+
+def gradient_seconds(problem: Problem, clock: Callable[[], float]) -> float:
+    """About how long one gradient over a problem takes, from a few of its samples.
+
+    Two small batches tell what a sample costs and what a batch costs however small it is.
+    """
+    with problem.session():
+        inputs, targets = next(problem.batches())
+        available = sample_count(inputs, targets)
+        few, many = min(4, available), min(32, available)
+
+        def seconds(samples: int) -> float:
+            index = torch.arange(samples)
+            part = select(inputs, index, available), select(targets, index, available)
+            start = clock()
+            total = problem.batch_total(problem.outputs(part[0]), part[1])
+            flat_gradient(total, list(problem.params.values()))
+            if problem.device.type == "cuda":
+                torch.cuda.synchronize(problem.device)
+            return clock() - start
+
+        seconds(few)  # the first call prepares what later ones find ready
+        low, high = seconds(few), seconds(many)
+    sizes = [sample_count(*item) for item in problem.data.items]
+    each = max(0.0, high - low) / max(1, many - few)
+    return max(1, len(sizes)) * low + each * max(sum(sizes), available)
 
 
 @contextmanager

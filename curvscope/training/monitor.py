@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,16 +19,15 @@ from .adapters import adapter_of
 from .alarms import Alarm, AlarmEvent, MonitorWarning, Watch, default_alarms
 from .budget import Budget
 from .curvature_measures import OF_CURVATURE
-from .measures import Measure, choose
-from .moment import REFERENCES, Moment, check_shapes, undisturbed
+from .measures import choose
+from .moment import REFERENCES, Moment
 from .probe import make_probe
 from .recorder import Recorder
-from .schedules import Schedule, Timing
 from .snapshots import SnapshotMeasure, Snapshots
+from .taking import ENOUGH, Taker
 
 DEFAULT = ("loss", "gradient", "update", "error", "preconditioner", "diagnostics", "sharpness")
-_ENOUGH = 5  # failures in succession after which a measure is given up
-_FIRST = 4.0  # training steps that the first gradient on the probe may take
+_OWN = __name__.partition(".")[0] + "."
 
 
 class Monitor:
@@ -129,12 +128,7 @@ class Monitor:
         self.probe = make_probe(problem, probe, seed)
         self.steps = 0
         self.stopped: AlarmEvent | None = None
-        self._shapes = {n: tuple(p.shape) for n, p in problem.user_model.named_parameters()}
-        self._device = problem.device
-        self._memo: dict[str, Any] = {}
-        self._planned: set[str] = set()
-        self._before: dict[str, float] = {}
-        self._previous: Moment | None = None
+        self._taker = Taker(self.measures, self.budget, self._moment, problem, self.probe, self)
         self._loaded: dict[str, Any] | None = None
         self._begun = self._closed = False
         self._warned: set[str] = set()
@@ -176,7 +170,7 @@ class Monitor:
             if not self._begun:
                 self._begin()
             self.steps += 1
-            self._visit(loss, batch)
+            self._taker.visit(self.steps, loss, batch)
         except StopTraining:
             raise
         except Exception as error:
@@ -204,123 +198,19 @@ class Monitor:
                 if isinstance(measure, SnapshotMeasure):
                     self._write(0, measure.name, measure.initial(), 0.0)
 
-    def _visit(self, loss: Any, batch: Any) -> None:
-        step = self.steps
-        timings = {m.name: self._timing(m.name) for m, _ in self.measures}
-        due = [m for m, s in self.measures if self._is_due(m, s, step, timings[m.name])]
-        ahead = [m for m, s in self.measures if m.needs_before and s.due(step + 1, timings[m.name])]
-        previous, self._previous = self._previous, None
-        moment = Moment(
+    def _moment(
+        self, step: int, loss: Any, probe: Problem, memo: dict[str, Any], previous: Moment | None
+    ) -> Moment:
+        return Moment(
             step,
             loss,
-            self.problem if self.probe is None else self.probe,
+            probe,
             self.optimizer,
             reference=self.reference,
             seed=self.seed,
-            memo=self._memo,
+            memo=memo,
             previous=previous,
-            clock=self.budget.clock,
         )
-        cheap = [m for m in due if not m.disturbs]
-        dear = [m for m in due if m.disturbs]
-        for measure in cheap:
-            self._try(measure, moment)
-        if not dear and not ahead:
-            return
-        with undisturbed(self.optimizer, self._device):
-            check_shapes(self.problem, self._shapes)
-            if self.probe is None:
-                moment.problem = self._current(batch)
-            accounts = self.budget.accounts
-            for measure in sorted(dear, key=lambda m: accounts[m.name].used / m.weight):
-                self._try(measure, moment)
-            self._prepare(ahead, moment)
-
-    def _is_due(self, measure: Measure, when: Schedule, step: int, timing: Timing) -> bool:
-        if measure.needs_before:  # decided, and booked, a step earlier
-            return measure.name in self._planned
-        return when.due(step, timing)
-
-    def _prepare(self, measures: Sequence[Measure], moment: Moment) -> None:
-        """What the measures of the next step need of this one."""
-        self._planned, self._before = set(), {}
-        for measure in measures:
-            if not self._affordable(measure, moment):
-                continue
-            start = self.budget.clock()
-            try:
-                measure.before(moment)
-            except Exception as error:
-                self._failed(measure, error)
-                continue
-            self._before[measure.name] = self.budget.clock() - start
-            self._planned.add(measure.name)
-        if self._planned:
-            _ = moment.at  # before the parameters change
-            self._previous = moment
-            moment.previous = None
-
-    def _try(self, measure: Measure, moment: Moment) -> None:
-        if measure.needs_before:
-            if moment.previous is None:
-                return
-        elif not self._affordable(measure, moment):
-            return
-        account = self.budget.accounts[measure.name]
-        start = self.budget.clock()
-        try:
-            rows = measure.take(moment)
-            account.in_succession = 0
-            account.taken += 1
-            self._record(measure.name, rows)
-        except StopTraining:
-            raise
-        except Exception as error:
-            self._failed(measure, error)
-        finally:
-            taken = self.budget.clock() - start
-            account.spend(taken + self._before.pop(measure.name, 0.0))
-
-    # -- time ------------------------------------------------------------------------------------
-
-    def _timing(self, name: str) -> Timing:
-        account = self.budget.accounts[name]
-        estimate = account.estimate if account.estimate == account.estimate else 0.0
-        return Timing(account.used, self.budget.training, estimate)
-
-    def _affordable(self, measure: Measure, moment: Moment) -> bool:
-        account = self.budget.accounts[measure.name]
-        if account.in_succession >= _ENOUGH:
-            return False
-        if self.budget.share is None:
-            return True
-        estimate, first = account.estimate, account.taken == 0
-        if estimate != estimate:
-            estimate = self._first_estimate(measure, moment)
-        if estimate == estimate and self.budget.allows(measure.name, estimate, first=first):
-            return True
-        account.thinned += 1
-        if account.thinned & (account.thinned - 1) == 0:  # recorded the 1st, 2nd, 4th ... time
-            row = {"event": "thinned", "of": measure.name, "times": account.thinned}
-            self.recorder.write(
-                self.steps, "monitor", [{**row, "estimate": estimate}], self.budget.training
-            )
-        return False
-
-    def _first_estimate(self, measure: Measure, moment: Moment) -> float:
-        """Seconds of a measure that was never taken, by its price in gradients over the probe.
-
-        NaN while that cannot be known: the gradient itself is timed once there is time for it.
-        """
-        if type(measure).price is Measure.price:
-            return 0.0
-        if "unit" not in self._memo:
-            each = self.budget.training / max(1, self.steps)
-            if self.budget.allowance < 3 * _FIRST * each:
-                return math.nan
-            _ = moment.gradient
-        unit = float(self._memo["unit"])
-        return measure.price(moment) * unit if self.budget.allowance > 3 * unit else math.nan
 
     @property
     def overhead(self) -> float:
@@ -334,7 +224,8 @@ class Monitor:
         plain = [{k: v for k, v in row.items() if k != "tensors"} for row in rows]
         self.recorder.write(step, name, plain, seconds, tensors)
 
-    def _record(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
+    def record(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
+        """For the taker: rows of a measure, into the run and before the alarms."""
         self._write(self.steps, name, rows, self.budget.training)
         for state, event in self.watch.show(self.steps, name, rows):
             row = {"alarm": event.alarm, "block": event.block, "state": state}
@@ -355,12 +246,14 @@ class Monitor:
             self.recorder.write(self.steps, "monitor", [row], self.budget.training)
             raise
 
-    def _failed(self, measure: Measure, error: Exception) -> None:
-        account = self.budget.accounts[measure.name]
-        account.failed += 1
-        account.in_succession += 1
-        end = account.in_succession >= _ENOUGH
-        self._trouble(measure.name, error, f"given up after {_ENOUGH} failures" if end else "")
+    def thinned(self, name: str, times: int, estimate: float) -> None:
+        """For the taker: there was no time for a measure."""
+        row = {"event": "thinned", "of": name, "times": times, "estimate": estimate}
+        self.recorder.write(self.steps, "monitor", [row], self.budget.training)
+
+    def failed(self, name: str, error: Exception, given_up: bool) -> None:
+        """For the taker: a measure raised an error."""
+        self._trouble(name, error, f"given up after {ENOUGH} failures" if given_up else "")
 
     def _trouble(self, name: str, error: Exception, note: str = "") -> None:
         """An error of the monitor's own: raised if strict, else recorded and warned of once."""
@@ -375,14 +268,10 @@ class Monitor:
             self._warn(f"Step {self.steps}: measuring {name!r} failed ({kind}).{end}")
 
     def _warn(self, message: str) -> None:
-        warnings.warn(MonitorWarning(message), stacklevel=4)
-
-    def _current(self, batch: Any) -> Problem:
-        if batch is None:
-            raise OptionError(
-                'probe="current" needs the batch: monitor.step(loss, batch=(inputs, targets)).'
-            )
-        return self.problem.with_data([batch], check=False)
+        level, frame = 1, sys._getframe()
+        while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_OWN):
+            level, frame = level + 1, frame.f_back
+        warnings.warn(MonitorWarning(message), stacklevel=level)
 
     def frame(self, measure: str | None = None) -> Any:
         """What was measured, as a pandas frame: of the run, or the latest rows without a path."""

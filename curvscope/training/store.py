@@ -6,7 +6,7 @@
 
 A tensor file is complete under its name before the line that names it is written, and a record is
 one ``write`` to a file opened for appending: after ``kill -9`` every finished record is there.
-Against a crash of the machine itself the file is also forced to the disk, at most once a second.
+Against a crash of the machine itself the file is also forced to the disk, every few seconds.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from . import lines
 
 FORMAT = 1
 HEADER, RECORDS, TENSORS = "run.json", "records.jsonl", "tensors"
-_SYNC = 1.0  # seconds between forcing the records to the disk
+_SYNC = 5.0  # seconds between forcing the records to the disk
 
 
 class Writer:

@@ -1,0 +1,194 @@
+"""Taking measures: which are due, which there is time for, and what happens when one fails."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from ..errors import OptionError, StopTraining
+from ..problem import Problem
+from .budget import Account, Budget
+from .measures import Measure
+from .moment import Moment, check_shapes, gradient_seconds, undisturbed
+from .schedules import Schedule, Share, Timing
+
+ENOUGH = 5  # failures in succession after which a measure is given up
+_CHECK = 3.0  # gradients that the first look at the probe takes
+_NO_TIME = Timing()
+
+Rows = Sequence[dict[str, Any]]
+_Entry = tuple[Measure, Schedule, Account, bool]  # the last: whether it has a price
+
+
+class Reports(Protocol):
+    """To whom a :class:`Taker` tells what happened."""
+
+    def record(self, name: str, rows: Rows) -> None:
+        """A measure was taken."""
+
+    def thinned(self, name: str, times: int, estimate: float) -> None:
+        """There was no time for a measure, the 1st, 2nd, 4th, ... time."""
+
+    def failed(self, name: str, error: Exception, given_up: bool) -> None:
+        """A measure raised an error."""
+
+
+class Taker:
+    """Takes the measures of one training, one :meth:`visit` per step."""
+
+    def __init__(
+        self,
+        measures: Sequence[tuple[Measure, Schedule]],
+        budget: Budget,
+        make_moment: Callable[..., Moment],
+        problem: Problem,
+        probe: Problem | None,
+        reports: Reports,
+    ) -> None:
+        self.budget, self.problem, self.probe = budget, problem, probe
+        self._make, self._reports = make_moment, reports
+        self._measures = [
+            (m, s, budget.accounts[m.name], type(m).price is not Measure.price) for m, s in measures
+        ]
+        self._shapes = {n: tuple(p.shape) for n, p in problem.user_model.named_parameters()}
+        self._planned: dict[str, float] = {}  # measures of the next step: seconds spent already
+        self._previous: Moment | None = None
+        self._first: dict[str, float] = {}  # estimates of measures that were never taken
+        self.memo: dict[str, Any] = {}
+
+    def visit(self, step: int, loss: Any, batch: Any) -> None:
+        """Everything that is due after a step."""
+        planned, self._planned = self._planned, {}
+        previous, self._previous = self._previous, None
+        cheap: list[_Entry] = []
+        dear: list[_Entry] = []
+        ahead: list[_Entry] = []
+        for entry in self._measures:
+            measure, when, account, _ = entry
+            timing = self._timing(account) if isinstance(when, Share) else _NO_TIME
+            if measure.needs_before:
+                if measure.name in planned:
+                    dear.append(entry)
+                if when.due(step + 1, timing) and self._conceivable(*entry):
+                    ahead.append(entry)
+            elif when.due(step, timing) and self._conceivable(*entry):
+                (dear if measure.disturbs else cheap).append(entry)
+        if not (cheap or dear or ahead):
+            return
+        probe = self.problem if self.probe is None else self.probe
+        moment = self._make(step, loss, probe, self.memo, previous)
+        for measure, _, account, _ in cheap:
+            if self._affordable(measure, account, moment):
+                self._take(measure, account, moment, 0.0)
+        if not (dear or ahead):
+            return
+        with undisturbed(moment.optimizer, self.problem.device):
+            check_shapes(self.problem, self._shapes)
+            if self.probe is None:
+                moment.problem = self._current(batch)
+            for measure, _, account, _ in sorted(dear, key=lambda e: e[2].used / e[0].weight):
+                if measure.needs_before or self._affordable(measure, account, moment):
+                    self._take(measure, account, moment, planned.get(measure.name, 0.0))
+            for measure, _, account, _ in ahead:
+                self._prepare(measure, account, moment)
+            if self._planned:
+                _ = moment.at  # before the parameters change
+                moment.previous = None
+                self._previous = moment
+
+    def _current(self, batch: Any) -> Problem:
+        if batch is None:
+            raise OptionError(
+                'probe="current" needs the batch: monitor.step(loss, batch=(inputs, targets)).'
+            )
+        return self.problem.with_data([batch], check=False)
+
+    def _take(self, measure: Measure, account: Account, moment: Moment, spent: float) -> None:
+        start = self.budget.clock()
+        try:
+            rows = measure.take(moment)
+            account.in_succession = 0
+            account.taken += 1
+            self._reports.record(measure.name, rows)
+        except StopTraining:
+            raise
+        except Exception as error:
+            self._fail(measure, account, error)
+        finally:
+            account.spend(spent + self.budget.clock() - start)
+
+    def _prepare(self, measure: Measure, account: Account, moment: Moment) -> None:
+        """What a measure of the next step needs of this one."""
+        if not self._affordable(measure, account, moment):
+            return
+        start = self.budget.clock()
+        try:
+            measure.before(moment)
+        except Exception as error:
+            self._fail(measure, account, error)
+            return
+        self._planned[measure.name] = self.budget.clock() - start
+
+    def _fail(self, measure: Measure, account: Account, error: Exception) -> None:
+        account.failed += 1
+        account.in_succession += 1
+        self._reports.failed(measure.name, error, account.in_succession >= ENOUGH)
+
+    # -- time ------------------------------------------------------------------------------------
+
+    def _timing(self, account: Account) -> Timing:
+        estimate = account.estimate if account.estimate == account.estimate else 0.0
+        return Timing(account.used, self.budget.training, estimate)
+
+    def _conceivable(self, measure: Measure, _: Schedule, account: Account, priced: bool) -> bool:
+        """Whether there may be time for a measure, before anything is done for it."""
+        budget = self.budget
+        if account.in_succession >= ENOUGH:
+            return False
+        if budget.share is None:
+            return True
+        least = account.estimate
+        if least != least:
+            least = self._first.get(measure.name, math.nan)
+        if least != least:
+            least = self.memo.get("unit", budget.mean_step) if priced else 0.0
+        return budget.allowance >= least or self._thin(measure, account, account.estimate)
+
+    def _affordable(self, measure: Measure, account: Account, moment: Moment) -> bool:
+        budget = self.budget
+        if budget.share is None:
+            return True
+        estimate, first = account.estimate, account.taken == 0
+        if estimate != estimate:
+            estimate = self._first_estimate(measure, moment)
+        allowed = budget.allows(measure.name, estimate, first=first)
+        return allowed or self._thin(measure, account, estimate)
+
+    def _first_estimate(self, measure: Measure, moment: Moment) -> float:
+        """Seconds of a measure that was never taken, by its price in gradients over the probe.
+
+        NaN while that cannot be known: a gradient is timed once there is time for it.
+        """
+        if type(measure).price is Measure.price:
+            return 0.0
+        if measure.name in self._first:
+            return self._first[measure.name]
+        budget = self.budget
+        if "unit" not in self.memo:
+            if budget.allowance < budget.mean_step:
+                return math.nan
+            self.memo["unit"] = gradient_seconds(moment.problem, budget.clock)
+        unit = float(self.memo["unit"])
+        if budget.allowance < 3 * unit:  # finding out the price costs about as much
+            return math.nan
+        checked = 0.0 if moment.problem._facts else _CHECK
+        self._first[measure.name] = (measure.price(moment) + checked) * unit
+        return self._first[measure.name]
+
+    def _thin(self, measure: Measure, account: Account, estimate: float) -> bool:
+        """Book, and now and then report, that there was no time; ``False``."""
+        account.thinned += 1
+        if account.thinned & (account.thinned - 1) == 0:
+            self._reports.thinned(measure.name, account.thinned, estimate)
+        return False
