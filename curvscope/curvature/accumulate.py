@@ -12,6 +12,7 @@ from .plan import BlockPlan, is_matrix
 from .recording import Recording
 
 _DENSE_SIZE = 4096  # up to this size the dense form is the most convenient one
+_TOGETHER = 256  # so many vectors enter the dense form in one matrix product
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -60,6 +61,7 @@ class GramAccumulator:
         self.columns = columns  # expected number of vectors, all batches together
         self.form = form
         self.matrix: Tensor | None = None
+        self.pending: list[Tensor] = []  # vectors on their way into the dense form
         self.vectors: list[Tensor] = []
         self.signs: list[Tensor] = []
         self.a: list[Tensor] = []
@@ -121,15 +123,26 @@ class GramAccumulator:
             self.matrix = total if self.matrix is None else self.matrix + total
             return
         if self.form == "dense":
-            left = v if sign is None else v * sign.to(self.dtype).unsqueeze(1)
-            if self.matrix is None:
-                self.matrix = left.mT @ v
-            else:
-                self.matrix.addmm_(left.mT, v)
+            self.pending.append(v)
+            if sign is not None:
+                self.signs.append(sign.to(self.dtype))
+            if sum(len(p) for p in self.pending) >= _TOGETHER:
+                self._flush()
             return
         self.vectors.append(v)
         if sign is not None:
             self.signs.append(sign.to(self.dtype))
+
+    def _flush(self) -> None:
+        """Add the pending vectors to the dense form."""
+        left = right = torch.cat(self.pending)
+        if self.signs:
+            left = right * torch.cat(self.signs).unsqueeze(1)
+        self.pending, self.signs = [], []
+        if self.matrix is None:
+            self.matrix = left.mT @ right
+        else:
+            self.matrix.addmm_(left.mT, right)
 
     def end_batch(self, recording: Recording) -> None:
         """Called after the last pass of a batch."""
@@ -144,6 +157,8 @@ class GramAccumulator:
 
     def result(self, scale: float) -> Operator:
         """The finished operator. Sequences of different lengths are padded with zero rows."""
+        if self.pending:
+            self._flush()
         if self.matrix is None and not self.vectors and not self.s:
             return self._zero()
         if self.form == "diagonal":
