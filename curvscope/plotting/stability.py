@@ -49,12 +49,12 @@ def plot_edge_of_stability(
             label=short(name) if name else "largest eigenvalue",
         )
     steps = next(iter(curves.values()))[0]
-    rates = None if lr is None else np.asarray(lr, dtype=float)
+    rates = None if lr is None else _plain(lr)
     limits = {}
     if rates is not None:
         limits["2 / lr"] = 2 / np.where(rates > 0, rates, np.nan)
     if threshold is not None:
-        limits["limit"] = np.asarray(threshold, dtype=float)
+        limits["limit"] = _plain(threshold)
     for k, (name, limit) in enumerate(limits.items()):
         if limit.ndim and limit.shape != steps.shape:
             raise ShapeError(
@@ -93,8 +93,8 @@ def plot_eigenvalues_over_steps(
     logarithmic for magnitudes over more than two decades, linear in between, so that signs show.
     """
     ax = axes_for(ax)
-    places = np.asarray(steps, dtype=float).reshape(-1)
-    rows = [np.sort(np.asarray(row, dtype=float).reshape(-1))[::-1] for row in eigenvalues]
+    places = _plain(steps).reshape(-1)
+    rows = [np.sort(_plain(row).reshape(-1))[::-1] for row in eigenvalues]
     if len(rows) != len(places):
         raise ShapeError(f"There are {len(places)} steps and {len(rows)} lists of eigenvalues.")
     most = max((len(row) for row in rows), default=0)
@@ -114,7 +114,7 @@ def plot_eigenvalues_over_steps(
             ax.set_yscale("log")
             log_axis(ax.yaxis)
         else:
-            ax.set_yscale("symlog", linthresh=float(sizes.max()) * 1e-3, linscale=0.5)
+            ax.set_yscale("symlog", linthresh=float(sizes.max()) * 1e-3, linscale=1.0)
             ax.yaxis.set_major_formatter(lambda value, _: power_of_ten(value))
     ax.axhline(0.0, color=INK, lw=0.6) if np.nanmin(table) <= 0 else None
     ax.set_xlabel("step")

@@ -18,6 +18,7 @@ from curvscope.analysis.verify import Verification
 from curvscope.operators import DenseOperator, KroneckerOperator
 
 from .estimates import estimate_pictures
+from .trainings import training_pictures
 
 
 def symmetric(size: int, seed: int = 0) -> torch.Tensor:
@@ -212,4 +213,5 @@ def pictures() -> dict[str, object]:
         "local model": lambda **k: local().plot(**k),
         "cost": lambda **k: cplot.plot_cost({"a": 0.004, "b": 12.0}, **k),
         **estimate_pictures(),
+        **training_pictures(),
     }
