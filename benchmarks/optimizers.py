@@ -109,7 +109,7 @@ def stepper(method: Method, case: cases.Case) -> tuple[Callable[[], object], Any
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of the tensors in ``state``, each storage once."""
     storages: dict[int, int] = {}
-    stack: list[Any] = [dict(optimizer.state), getattr(optimizer, "_gradients", None)]
+    stack: list[Any] = [dict(optimizer.state), getattr(optimizer, "_window", None)]
     while stack:
         value = stack.pop()
         if isinstance(value, Tensor):

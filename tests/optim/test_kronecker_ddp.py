@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,27 +14,41 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from curvscope.optim import KFAC
+from curvscope.optim import KBFGS, KFAC
 
 from .kronecker_cases import closure_of, flat, labels, normal, relative, small
 
 STEPS, BATCH = 4, 8
+METHODS: dict[str, Any] = {
+    "K-FAC, exact": (KFAC, {"fisher": "exact"}),
+    "K-FAC, empirical": (KFAC, {"fisher": "empirical"}),
+    "K-BFGS": (KBFGS, {}),
+    "K-BFGS(L)": (KBFGS, {"memory": 2}),
+}
+
+
+def warm_start(optimizer: Any, data: tuple[Tensor, ...]) -> None:
+    if isinstance(optimizer, KBFGS):
+        optimizer.warm_start([data])
+    else:
+        optimizer.warm_start([data], loss=F.cross_entropy)
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:
     return normal(BATCH, 5, seed=step), labels(BATCH, seed=step)
 
 
-def worker(rank: int, folder: str, fisher: str) -> None:
+def worker(rank: int, folder: str, name: str) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(os.path.join(folder, "store"), 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     try:
         model = small()
         wrapped = DistributedDataParallel(model)
-        optimizer = KFAC(wrapped, 0.2, 0.1, fisher=fisher)
+        make, options = METHODS[name]
+        optimizer = make(wrapped, 0.2, 0.1, **options)
         share = slice(rank, BATCH, 2)
-        optimizer.warm_start([tuple(t[share] for t in batch(9))], loss=F.cross_entropy)
+        warm_start(optimizer, tuple(t[share] for t in batch(9)))
         for step in range(STEPS):
             x, y = batch(step)
             optimizer.step(closure_of(optimizer, wrapped, x[share], y[share]))
@@ -44,13 +59,14 @@ def worker(rank: int, folder: str, fisher: str) -> None:
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
-@pytest.mark.parametrize("fisher", ["exact", "empirical"])
-def test_two_ranks_are_one_process_with_the_joint_batch(tmp_path: Path, fisher: str) -> None:
-    mp.start_processes(worker, args=(str(tmp_path), fisher), nprocs=2, start_method="spawn")
+@pytest.mark.parametrize("name", METHODS)
+def test_two_ranks_are_one_process_with_the_joint_batch(tmp_path: Path, name: str) -> None:
+    mp.start_processes(worker, args=(str(tmp_path), name), nprocs=2, start_method="spawn")
     model = small()
     start = flat(model).clone()
-    optimizer = KFAC(model, 0.2, 0.1, fisher=fisher)
-    optimizer.warm_start([batch(9)], loss=F.cross_entropy)
+    make, options = METHODS[name]
+    optimizer = make(model, 0.2, 0.1, **options)
+    warm_start(optimizer, batch(9))
     for step in range(STEPS):
         optimizer.step(closure_of(optimizer, model, *batch(step)))
     found = torch.load(tmp_path / "weights.pt", weights_only=True)
