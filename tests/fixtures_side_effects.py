@@ -39,6 +39,10 @@ PUBLIC = {
     "curvscope.analysis": (
         "compare spectrum concentration coverage verify eigsh trace diagonal norm"
     ),
+    "curvscope.training.surfaces": "loss_surface objective_at",
+    "curvscope.training.planes": "random_plane",
+    "curvscope.training.paths": "flat_parameters",
+    "curvscope.training.ellipses": "ellipse",
 }
 METHODS = {
     cs.Problem: "check objective gradient subset with_data describe snapshot",

@@ -97,7 +97,8 @@ def loss_surface(
     Cost: one forward pass over the data per point and one at the origin. For a quick look take
     ``problem.subset(n)`` or fewer points. Raises ``ShapeError`` or ``ParameterMismatchError`` for
     a plane of other parameters, ``OptionError`` for an empty extent, ``DataError`` for a
-    checkpoint of another surface, ``OutputError`` for one that cannot be written.
+    checkpoint of another surface, ``OutputError`` for one that cannot be written, and
+    ``NonFiniteError`` if the model's present parameters are not finite (load a snapshot first).
     """
     require_problem(problem)
     start = time.perf_counter()
