@@ -12,16 +12,23 @@ from torch import Tensor
 from ..errors import OptionError, ShapeError
 from ..problem import Problem, require_problem
 
+_KEPT = ("kind", "stride", "size", "seed")  # what has to agree between projected snapshots
 _CHUNK = 1 << 20  # entries of a vector that are taken in double precision at a time
 
 
 @dataclass(frozen=True)
 class Path:
-    """Snapshots ``[P]`` of one training, by increasing step."""
+    """Snapshots ``[P]`` of one training, by increasing step.
+
+    ``kept`` says how, where that is known; ``error`` is the relative standard error of a squared
+    distance between two (0 for whole snapshots, NaN for some of the entries).
+    """
 
     name: str
     steps: tuple[int, ...]
     vectors: tuple[Tensor, ...]
+    kept: tuple[tuple[str, Any], ...] = ()
+    error: float = 0.0
 
     @property
     def finite(self) -> tuple[bool, ...]:
@@ -48,8 +55,8 @@ def read_paths(runs: Any) -> list[Path]:
     ``runs`` maps names to snapshots, or is the snapshots of one training. Snapshots are pairs
     ``(step, tensor [P])``, or an object with ``snapshots()`` that gives them (a ``Run``).
 
-    Raises ``OptionError`` for steps that do not increase and for no snapshots, ``ShapeError`` for
-    vectors of different sizes.
+    Raises ``OptionError`` for steps that do not increase, for no snapshots and for projections of
+    different kinds, ``ShapeError`` for vectors of different sizes.
     """
     named = runs if isinstance(runs, Mapping) else {"run": runs}
     if not named:
@@ -62,12 +69,28 @@ def read_paths(runs: Any) -> list[Path]:
             f"The runs' snapshots differ in size ({listed} entries): paths can be compared only "
             "between trainings of the same parameters, kept in the same way."
         )
+    for path in paths[1:]:
+        if path.kept != paths[0].kept:
+            raise OptionError(
+                f"The snapshots of {path.name!r} are kept in another way ({_said(path.kept)}) than "
+                f"those of {paths[0].name!r} ({_said(paths[0].kept)}), so they cannot be compared: "
+                "train again with the same snapshots=."
+            )
     return paths
+
+
+def _said(kept: tuple[tuple[str, Any], ...]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in kept) or "whole"
 
 
 def _read(name: str, source: Any) -> Path:
     steps: list[int] = []
     vectors: list[Tensor] = []
+    if callable(getattr(source, "snapshots", None)):
+        source = source.snapshots()
+    error = float(getattr(source, "error", 0.0))
+    settings = getattr(source, "settings", None) if error else None  # NaN counts as an error
+    how = [(k, settings[k]) for k in _KEPT if k in settings] if settings else []
     for step, vector in _pairs(name, source):
         if not isinstance(vector, Tensor) or vector.ndim != 1 or not vector.is_floating_point():
             shape = list(vector.shape) if isinstance(vector, Tensor) else type(vector).__name__
@@ -89,12 +112,10 @@ def _read(name: str, source: Any) -> Path:
         vectors.append(vector.detach().cpu())
     if not vectors:
         raise OptionError(f"The run {name!r} has no snapshots.")
-    return Path(name, tuple(steps), tuple(vectors))
+    return Path(name, tuple(steps), tuple(vectors), tuple(how), error)
 
 
 def _pairs(name: str, source: Any) -> Iterator[tuple[int, Any]]:
-    if callable(getattr(source, "snapshots", None)):
-        source = source.snapshots()
     if hasattr(source, "steps") and callable(getattr(source, "vector", None)):
         for step in source.steps:
             yield step, source.vector(step)

@@ -186,6 +186,14 @@ def trajectories(runs: Any, *, plane: Plane | None = None) -> Trajectories:
                 f"The snapshots of {path.name} at steps {listing([str(s) for s in lost])} hold NaN "
                 "or infinity; they are kept as NaN."
             )
+    if paths[0].error:
+        bound = paths[0].error / 2
+        warnings.append(
+            "The snapshots hold some of the parameters' entries only, and so do lengths and angles."
+            if math.isnan(bound)
+            else "The snapshots are random projections: distances have a relative standard error "
+            f"of at most {_percent(bound)}."
+        )
     pairs = []
     for first, second in itertools.combinations(paths, 2):
         pairs.append(_pair(first, second))

@@ -120,6 +120,29 @@ def test_all_forms_of_snapshots_are_the_same() -> None:
     assert tr.trajectories(pairs).to_frame().equals(expected)
 
 
+class Projected(Kept):
+    """Kept as random projections."""
+
+    def __init__(self, pairs: list[tuple[int, torch.Tensor]], seed: int, error: float) -> None:
+        super().__init__(pairs)
+        self.settings, self.error = {"kind": "projection", "size": 37, "seed": seed}, error
+
+
+def test_projected_snapshots_say_so_and_only_the_same_projections_are_compared() -> None:
+    one, two = (Run(Projected(RUNS[name], 0, 0.04)) for name in "ac")
+    found = tr.trajectories({"a": one, "c": two})
+    assert found.warnings == (
+        "The snapshots are random projections: distances have a relative standard error of at most "
+        "2 %.",
+    )
+    assert found.to_frame().equals(tr.trajectories({k: RUNS[k] for k in "ac"}).to_frame())
+    (warning,) = tr.trajectories(Run(Projected(RUNS["a"], 0, math.nan))).warnings
+    assert "some of the parameters' entries only" in warning
+    for other in (Run(Projected(RUNS["c"], 1, 0.04)), RUNS["c"]):
+        with pytest.raises(errors.OptionError, match="seed 0"):
+            tr.trajectories({"a": one, "c": other})
+
+
 def test_frames_sentences_and_files() -> None:
     found = tr.trajectories(RUNS)
     frame = found.to_frame()
