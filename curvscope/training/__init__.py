@@ -36,6 +36,7 @@ _PUBLIC = {
     "Spectrum": "curvature_measures",
     "TooSharp": "alarms",
     "Trajectories": "trajectory",
+    "curvature_of": "adapters",
     "default_alarms": "alarms",
     "ellipse": "ellipses",
     "flat_parameters": "paths",
@@ -50,7 +51,7 @@ _PUBLIC = {
 }
 
 if TYPE_CHECKING:
-    from .adapters import register_adapter
+    from .adapters import curvature_of, register_adapter
     from .alarms import (
         Above,
         Alarm,
@@ -106,6 +107,7 @@ __all__ = [
     "Spectrum",
     "TooSharp",
     "Trajectories",
+    "curvature_of",
     "default_alarms",
     "ellipse",
     "flat_parameters",

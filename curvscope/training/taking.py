@@ -151,9 +151,11 @@ class Taker:
         least = account.estimate
         if least != least:
             least = self._first.get(measure.name, math.nan)
-        if least != least:
-            least = self.memo.get("unit", budget.mean_step) if priced else 0.0
-        return budget.allowance >= least or self._thin(measure, account, account.estimate)
+        if least == least:
+            may = budget.allows(measure.name, least, first=account.taken == 0)
+        else:  # what finding out takes
+            may = budget.allowance >= (self.memo.get("unit", budget.mean_step) if priced else 0.0)
+        return may or self._thin(measure, account, least)
 
     def _affordable(self, measure: Measure, account: Account, moment: Moment) -> bool:
         budget = self.budget
