@@ -1,0 +1,100 @@
+"""What mkdocs does not do by itself: formulas, cross references, and pages from elsewhere."""
+
+from __future__ import annotations
+
+import ast
+import html
+import re
+from pathlib import Path
+from typing import Any
+
+from latex2mathml.converter import convert
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# files of the repository that are pages of the site, and what they are called there
+_ELSEWHERE = {
+    "README.md": "index.md",
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "LICENSE": "license.md",
+}
+_FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
+_ROLE = re.compile(r":(?:func|class|meth|mod|data|attr):<code>~?([\w.]+)</code>")
+_LINK = re.compile(r"(\]\()((?:\.\./)*)([\w./-]+)(#[\w-]+)?\)")
+
+
+def on_files(files: Files, *, config: Any) -> Files:
+    """Add README, changelog, licence and the tables of the benchmarks as pages."""
+    for source, page in _ELSEWHERE.items():
+        text = (ROOT / source).read_text(encoding="utf-8")
+        if source == "LICENSE":
+            text = "# License\n\n" + text
+        files.append(File.generated(config, page, content=text))
+    for path in sorted((ROOT / "benchmarks" / "results").iterdir()):
+        if path.suffix in (".md", ".svg"):
+            page = f"benchmarks/results/{path.name}"
+            files.append(File.generated(config, page, content=path.read_bytes()))
+    return files
+
+
+def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Files) -> str:
+    """Links that hold in the repository hold in the site."""
+    here = page.file.src_uri
+    sources = {page: source for source, page in _ELSEWHERE.items()}
+    place = sources.get(here, here if here.startswith("benchmarks/") else f"docs/{here}")
+
+    def moved(match: re.Match[str]) -> str:
+        target = (ROOT / place).parent / (match[2] + match[3])
+        try:
+            name = target.resolve().relative_to(ROOT).as_posix()
+        except ValueError:
+            return match[0]
+        name = _ELSEWHERE.get(name, name.removeprefix("docs/"))
+        if files.get_file_from_path(name) is None:
+            return match[0]
+        return f"{match[1]}{'../' * here.count('/')}{name}{match[4] or ''})"
+
+    return _LINK.sub(moved, markdown)
+
+
+def on_page_content(content: str, **_: Any) -> str:
+    """Formulas as MathML, roles of the docstrings as cross references."""
+    content = _FORMULA.sub(_mathml, content)
+    return _ROLE.sub(_reference, content)
+
+
+def _mathml(match: re.Match[str]) -> str:
+    display = "block" if match[2] == "[" else "inline"
+    formula = html.unescape(match[3]).strip()
+    return convert(formula, display=display).replace(
+        "<math", f'<math alttext="{html.escape(formula)}"', 1
+    )
+
+
+def _reference(match: re.Match[str]) -> str:
+    name = match[1]
+    short = name.rpartition(".")[2]
+    return f'<autoref identifier="{canonical(name)}" optional><code>{short}</code></autoref>'
+
+
+def canonical(name: str) -> str:
+    """``curvscope.kfac`` or ``kfac`` -> the path under which the reference has it."""
+    first, _, rest = name.removeprefix("curvscope.").partition(".")
+    if first not in _PUBLIC:
+        return name
+    path = f"curvscope.{_PUBLIC[first]}.{first}"
+    return f"{path}.{rest}" if rest else path
+
+
+def _public() -> dict[str, str]:
+    """Public name -> module, read from the source: building the pages needs no torch."""
+    source = ast.parse((ROOT / "curvscope" / "__init__.py").read_text(encoding="utf-8"))
+    for node in source.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_PUBLIC":
+            return dict(ast.literal_eval(node.value))
+    raise RuntimeError("curvscope/__init__.py has no _PUBLIC")
+
+
+_PUBLIC = _public()
