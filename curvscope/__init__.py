@@ -31,6 +31,7 @@ _PUBLIC = {
     "spectrum": "analysis",
     "concentration": "analysis",
     "coverage": "analysis",
+    "batch_spectra": "analysis",
     "gradient_noise": "analysis",
     "local_model": "analysis",
     "verify": "analysis",

@@ -18,6 +18,7 @@ from typing import Any
 from .errors import OptionError, check_option
 from .operators import Operator
 from .plotting.bars import plot_comparison, plot_cost
+from .plotting.batches import plot_batch_densities, plot_batch_spectra
 from .plotting.checks import plot_verification
 from .plotting.coverage import plot_coverage
 from .plotting.discs import plot_fourier, plot_gershgorin, plot_scree
@@ -38,6 +39,8 @@ from .plotting.trajectories import plot_distances, plot_trajectories
 __all__ = [
     "plot",
     "plot_bands",
+    "plot_batch_densities",
+    "plot_batch_spectra",
     "plot_blocks",
     "plot_comparison",
     "plot_cost",
@@ -85,6 +88,7 @@ _KINDS: dict[str, dict[str, Callable[..., Any]]] = {
     "Eigenpairs": {"rank": plot_eigenpairs},
     "NegativeCurvature": {"rank": plot_eigenpairs},
     "Density": {"density": plot_density},
+    "BatchSpectra": {"batch sizes": plot_batch_spectra, "density": plot_batch_densities},
     "GradientNoise": {"batch sizes": plot_gradient_noise},
     "LocalModel": {"ratio": plot_local_model},
     "LossSurface": {"contours": plot_surface},

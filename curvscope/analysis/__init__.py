@@ -1,5 +1,6 @@
 """Analyses: functions from operators to results."""
 
+from .batch_spectra import BatchSpectra, batch_spectra
 from .compare import compare
 from .comparison import Comparison, ReferenceBlock, Row
 from .concentration import Concentration, concentration
@@ -28,6 +29,7 @@ from .spectrum import Spectrum, spectrum
 from .verify import Check, Verification, verify
 
 __all__ = [
+    "BatchSpectra",
     "Cell",
     "Check",
     "Comparison",
@@ -47,6 +49,7 @@ __all__ = [
     "Row",
     "Spectrum",
     "Verification",
+    "batch_spectra",
     "compare",
     "concentration",
     "condition_number",

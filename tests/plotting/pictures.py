@@ -7,8 +7,10 @@ import math
 
 import torch
 
+import curvscope as cs
 from curvscope import plot as cplot
 from curvscope.analysis import concentration, spectrum
+from curvscope.analysis.batch_spectra import BatchSpectra
 from curvscope.analysis.checks import CURVSCOPE, OTHERS, Check
 from curvscope.analysis.comparison import Comparison, ReferenceBlock, Row
 from curvscope.analysis.coverage import Cell, Coverage, ParameterRow
@@ -189,6 +191,15 @@ def local() -> LocalModel:
 
 
 @functools.cache
+def batches() -> BatchSpectra:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+    data = torch.randn(128, 4), torch.randint(3, (128,))
+    problem = cs.Problem(model.double(), torch.nn.CrossEntropyLoss(), data, dtype=torch.float64)
+    return cs.batch_spectra(problem, draws=2, k=1, densities=True)
+
+
+@functools.cache
 def pictures() -> dict[str, object]:
     """A call per picture, each returning axes."""
     block = concentration(positive(12), samples=4)
@@ -209,6 +220,8 @@ def pictures() -> dict[str, object]:
         "matrix": lambda **k: cplot.plot(DenseOperator(symmetric(6)), **k),
         "verification": lambda **k: verification().plot(**k),
         "coverage": lambda **k: coverage().plot(**k),
+        "batch spectra": lambda **k: batches().plot(**k),
+        "batch densities": lambda **k: batches().plot(kind="density", **k),
         "gradient noise": lambda **k: noise().plot(**k),
         "local model": lambda **k: local().plot(**k),
         "cost": lambda **k: cplot.plot_cost({"a": 0.004, "b": 12.0}, **k),
