@@ -34,12 +34,16 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the page; the first cell of every row is its header."""
+    """A table of the page; the first cell of every row is its header.
+
+    ``series`` says that the headers are names which the page's check boxes switch.
+    """
 
     caption: str
     columns: tuple[Column, ...]
     rows: list[list[Cell]] = field(default_factory=list)
     sortable: bool = True
+    series: bool = False
 
 
 def number(value: float | None, digits: int = 3) -> Cell:

@@ -42,6 +42,7 @@ def error_table(found: Findings, reference: str) -> Table:
         "the same class can do.",
         tuple(columns),
         rows,
+        series=True,
     )
 
 
@@ -109,7 +110,9 @@ def metric_table(found: Findings, reference: str, block: str) -> Table:
             continue
         rows.append([head, *(_metric_cell(row, key) for key, _ in _METRICS)])
     where = WHOLE_TITLE if block == WHOLE else block
-    return Table(f"All approximations of the {reference}, {where}.", tuple(columns), rows)
+    return Table(
+        f"All approximations of the {reference}, {where}.", tuple(columns), rows, series=True
+    )
 
 
 def _plain(doc: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from ..analysis.comparison import WHOLE
@@ -14,6 +13,7 @@ from .figures import Picture
 from .findings import Findings
 from .layer_table import anchor, layer_table
 from .numbers import percent, seconds, shown
+from .skeleton import Choice, Link, render_page
 from .summary import best, summary, warnings
 from .svg import share_styles
 from .tables import (
@@ -23,8 +23,6 @@ from .tables import (
     coverage_table,
     verification_tables,
 )
-
-_HERE = Path(__file__).parent / "templates"
 
 
 @dataclass(frozen=True)
@@ -40,25 +38,19 @@ class Layer:
 
 def render(found: Findings, pictures: Sequence[Picture], document: dict[str, Any]) -> str:
     """The whole page as HTML. Everything that comes from outside is escaped."""
-    import jinja2
-    from markupsafe import Markup
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_HERE),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters["breakable"] = _breakable
     figures, rules = share_styles([picture.svg for picture in pictures])
     pictures = [replace(p, svg=svg) for p, svg in zip(pictures, figures, strict=True)]
     by_kind = {(picture.kind, picture.block): picture for picture in pictures}
-    return environment.get_template("report.html.j2").render(
-        style=_safe("report.css") + Markup(rules),
-        script=_safe("report.js"),
+    layers = [_layer(found, pictures, block) for block in found.problem.blocks]
+    return render_page(
+        "report.html.j2",
+        kicker="curvscope report",
         title=found.problem.name,
         subtitle=document["problem"]["description"],
+        links=_links(layers),
+        created=document["created"],
+        choices=_choices(found),
+        rules=rules,
         summary=summary(found),
         warnings=warnings(found),
         facts=_facts(found, document),
@@ -71,7 +63,7 @@ def render(found: Findings, pictures: Sequence[Picture], document: dict[str, Any
         ],
         same_blocks=found.same_blocks,
         damping=shown(found.damping, 2),
-        layers=[_layer(found, pictures, block) for block in found.problem.blocks],
+        layers=layers,
         approximations=approximation_table(found),
         concentration=concentration_table(found),
         coverage=coverage_table(found),
@@ -83,21 +75,37 @@ def render(found: Findings, pictures: Sequence[Picture], document: dict[str, Any
         memory=_memory(document["peak_memory_bytes"]),
         settings=_settings(document),
         picture=lambda kind: by_kind.get((kind, "")),
-        created=document["created"],
     )
 
 
-def _safe(name: str) -> Any:
-    from markupsafe import Markup
+def _links(layers: list[Layer]) -> list[Link]:
+    """The side bar: every section, and every layer below its section."""
+    titles = {
+        "summary": "Summary",
+        "layers": "Layers at a glance",
+        "errors": "Errors of approximations",
+        "each-layer": "Layer by layer",
+        "concentration": "Concentration",
+        "coverage": "Coverage",
+        "verification": "Verification",
+        "methods": "The approximations",
+        "cost": "Cost",
+        "settings": "Settings",
+    }
+    own = [Link(layer.name, f"#{layer.anchor}") for layer in layers]
+    return [
+        Link(title, f"#{name}", own if name == "each-layer" else [])
+        for name, title in titles.items()
+    ]
 
-    return Markup((_HERE / name).read_text(encoding="utf-8"))
 
-
-def _breakable(text: str) -> Any:
-    """Dotted names may break behind their dots."""
-    from markupsafe import Markup, escape
-
-    return Markup(str(escape(text)).replace(".", ".<wbr>"))
+def _choices(found: Findings) -> list[Choice]:
+    """What the reader may switch: every approximation that is defined here."""
+    return [
+        Choice(entry.name, entry.group, entry.main)
+        for entry in found.approximations
+        if entry.op is not None
+    ]
 
 
 def _facts(found: Findings, document: dict[str, Any]) -> list[tuple[str, str]]:

@@ -31,7 +31,7 @@ def approximation_table(found: Findings) -> Table:
             same = f"the same as {entry.same_as}" if entry.same_as else ""
             here = Cell("all layers", small=same)
         rows.append([Cell(entry.name, small=entry.group), Cell(entry.about), here, _time(entry)])
-    return Table("The approximations of this report.", columns, rows, sortable=False)
+    return Table("The approximations of this report.", columns, rows, series=True)
 
 
 def _time(entry: Approximation) -> Cell:

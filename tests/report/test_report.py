@@ -165,7 +165,7 @@ def test_page_has_every_section_and_layer(page: Page, given: cs.Problem) -> None
 def test_page_is_accessible(page: Page, paths: ReportPaths) -> None:
     html = paths.html.read_text(encoding="utf-8")
     assert '<html lang="en">' in html and "viewport" in html
-    assert "prefers-color-scheme: dark" in html and "@media print" in html
+    assert "light-dark(" in html and "@media print" in html
     assert len(page.images) > 10
     for image in page.images:
         text = image.get("alt") if image["tag"] == "img" else image.get("aria-label")
