@@ -105,13 +105,21 @@ def twice_differentiable(model: nn.Module, wrapper: nn.Module) -> Iterator[None]
 
 
 def rademacher(parameters: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
-    """Independent +1 and -1 with equal probability, in the parameters' shapes."""
+    """Independent +1 and -1 with equal probability, in the parameters' shapes.
+
+    Eight signs are taken from every random byte: several times faster than one draw per sign.
+    """
+    sizes = [p.numel() for p in parameters]
+    device = parameters[0].device
+    drawn = torch.randint(
+        256, (-(-sum(sizes) // 8), 1), dtype=torch.uint8, device=device, generator=generator
+    )
+    masks = torch.tensor([1 << k for k in range(8)], dtype=torch.uint8, device=device)
+    bits = drawn.bitwise_and(masks).ne_(0).flatten()[: sum(sizes)]
+    signs = bits.to(torch.int8).mul_(2).sub_(1)
     return [
-        torch.empty_like(p, requires_grad=False)
-        .bernoulli_(0.5, generator=generator)
-        .mul_(2)
-        .sub_(1)
-        for p in parameters
+        part.to(dtype=p.dtype, device=p.device).view(p.shape)
+        for part, p in zip(signs.split(sizes), parameters)
     ]
 
 
