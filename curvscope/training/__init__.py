@@ -15,7 +15,9 @@ _PUBLIC = {
     "Ellipse": "ellipses",
     "Error": "curvature_measures",
     "Every": "schedules",
+    "Finding": "alarms",
     "Fresh": "curvature_measures",
+    "Loss": "measures",
     "LossSurface": "surfaces",
     "Measure": "measures",
     "Moment": "moment",
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
         Alarm,
         AlarmEvent,
         DampingFires,
+        Finding,
         MonitorWarning,
         NearIdentity,
         NotFinite,
@@ -66,7 +69,7 @@ if TYPE_CHECKING:
     )
     from .curvature_measures import Error, Fresh, Sharpness, Spectrum
     from .ellipses import Ellipse, ellipse
-    from .measures import Measure
+    from .measures import Loss, Measure
     from .moment import Moment
     from .monitor import Monitor
     from .paths import flat_parameters
@@ -86,7 +89,9 @@ __all__ = [
     "Ellipse",
     "Error",
     "Every",
+    "Finding",
     "Fresh",
+    "Loss",
     "LossSurface",
     "Measure",
     "Moment",

@@ -195,7 +195,8 @@ class Monitor:
             self.recorder.give_up()
         if start == 0:
             for measure, _ in self.measures:
-                if isinstance(measure, SnapshotMeasure):
+                again = measure.name in self.recorder.at_start
+                if isinstance(measure, SnapshotMeasure) and not again:
                     self._write(0, measure.name, measure.initial(), 0.0)
 
     def _moment(
@@ -292,10 +293,16 @@ class Monitor:
         """Continue a run from a checkpoint, before the first :meth:`step`.
 
         Records after the checkpoint's step are superseded by what is measured now. Raises
-        ``OptionError`` after the first step.
+        ``OptionError`` after the first step, ``RunError`` for the checkpoint of another run.
         """
         if self._begun:
             raise OptionError("load_state_dict comes before the first monitor.step().")
+        if self.recorder.path is not None and state["run"] != self.recorder.id:
+            raise RunError(
+                f"This is the checkpoint of another run than that in {self.recorder.path}: give "
+                "path= the folder that it was saved with. To begin a new run from these "
+                "parameters, leave monitor.load_state_dict out."
+            )
         self._loaded = dict(state)
         self.steps = int(state["step"])
         left = self.budget.training, self.budget.spent
@@ -315,7 +322,7 @@ class Monitor:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> bool:
-        self.close(failed=error if error is not self.stopped else None)
+        self.close(failed=None if isinstance(error, StopTraining) else error)
         return isinstance(error, StopTraining) and self.stopped is not None
 
     def close(self, *, failed: BaseException | None = None) -> None:

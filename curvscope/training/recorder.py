@@ -32,6 +32,11 @@ class Recorder:
         """The run's own name, which its checkpoints carry."""
         return str(self._store.header.get("id", ""))
 
+    @property
+    def at_start(self) -> set[str]:
+        """Measures of which the run had a record of step 0 when it was opened."""
+        return self._store.at_start
+
     def begin(self, start: int) -> None:
         """Before the first record: mark what comes after step ``start`` as superseded.
 

@@ -64,6 +64,7 @@ class Writer:
             os.ftruncate(self._handle, found.end)
         self.last_step = max((row["step"] for row in found.rows), default=0)
         self.rows = len(found.rows)
+        self.at_start = {row["measure"] for row in found.rows if row["step"] == 0}
         self._end = found.end
 
     def _refuse_strangers(self) -> None:
@@ -175,6 +176,7 @@ class Memory:
         self.kept: Any = deque(maxlen=most)
         self.last_step = 0
         self.rows = 0
+        self.at_start: set[str] = set()
 
     def append(
         self,

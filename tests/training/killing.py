@@ -1,0 +1,89 @@
+"""A monitored training in a process of its own, which can be killed at any moment.
+
+``python -m tests.training.killing`` reads lines ``FOLDER SECONDS`` and, for each, forks a training
+that continues from the folder's checkpoint and kills it with signal 9 after so many seconds
+(``-1``: never). It answers ``done`` or ``killed``. Importing once and forking makes it quick.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import curvscope as cs
+from curvscope.training import Every, Snapshots
+from tests.training.loops import OPTIMIZERS, batches, data, one_step, plain_net, problem_of
+
+STEPS, SAVE = 24, 4
+MEASURES: dict[Any, Any] = {
+    "loss": 1,
+    "gradient": 3,
+    "error": 4,
+    "spectrum": Every(3),
+    "diagnostics": 2,
+}
+
+
+def train(folder: Path) -> None:
+    """Continue from the checkpoint, if there is one, to step 24."""
+    model = plain_net()
+    optimizer = OPTIMIZERS["K-BFGS"](model)
+    monitor = cs.Monitor(
+        problem_of(model),
+        optimizer,
+        folder / "run",
+        measures=MEASURES,
+        budget=None,
+        snapshots=Snapshots("full", schedule=2),
+    )
+    first, file = 1, folder / "checkpoint"
+    if file.exists():
+        state = torch.load(file, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        monitor.load_state_dict(state["monitor"])
+        first = state["step"] + 1
+    x, y = data()
+    with monitor:
+        for step, index in enumerate(batches(STEPS), 1):
+            if step < first:
+                continue
+            monitor.step(one_step(model, optimizer, x[index], y[index]))
+            if step % SAVE == 0:
+                parts = {"model": model, "optimizer": optimizer, "monitor": monitor}
+                state = {name: part.state_dict() for name, part in parts.items()}
+                torch.save({**state, "step": step}, folder / "part")
+                os.replace(folder / "part", file)
+
+
+def serve() -> None:
+    """See the module."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    print("ready", flush=True)
+    for line in sys.stdin:
+        folder, seconds = line.rsplit(maxsplit=1)
+        child = os.fork()
+        if child == 0:
+            try:
+                train(Path(folder))
+                os._exit(0)
+            finally:
+                os._exit(1)
+        if float(seconds) >= 0:
+            time.sleep(float(seconds))
+            os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        killed = os.WIFSIGNALED(status)
+        print("killed" if killed else f"done {os.waitstatus_to_exitcode(status)}", flush=True)
+
+
+if __name__ == "__main__":
+    serve()
