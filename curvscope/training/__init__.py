@@ -24,7 +24,9 @@ _PUBLIC = {
     "Monitor": "monitor",
     "MonitorWarning": "alarms",
     "NearIdentity": "alarms",
+    "NamedOptimizer": "optimizers_by_name",
     "NotFinite": "alarms",
+    "OptimizerSpec": "optimizers_by_name",
     "PairOfPaths": "trajectory",
     "Plane": "planes",
     "PowersOfTwo": "schedules",
@@ -37,7 +39,10 @@ _PUBLIC = {
     "Snapshots": "snapshots",
     "Spectrum": "curvature_measures",
     "TooSharp": "alarms",
+    "Trained": "trainings",
+    "Trainings": "trainings",
     "Trajectories": "trajectory",
+    "build_optimizer": "optimizers_by_name",
     "curvature_of": "adapters",
     "default_alarms": "alarms",
     "ellipse": "ellipses",
@@ -49,6 +54,7 @@ _PUBLIC = {
     "random_plane": "planes",
     "register_adapter": "adapters",
     "stop": "alarms",
+    "train": "trainings",
     "trajectories": "trajectory",
 }
 
@@ -72,12 +78,14 @@ if TYPE_CHECKING:
     from .measures import Loss, Measure
     from .moment import Moment
     from .monitor import Monitor
+    from .optimizers_by_name import NamedOptimizer, OptimizerSpec, build_optimizer
     from .paths import flat_parameters
     from .planes import Plane, plane_along, plane_of_paths, plane_through, random_plane
     from .run import Run
     from .schedules import At, Every, PowersOfTwo, Schedule, Share
     from .snapshots import Snapshots, SnapshotSet
     from .surfaces import LossSurface, loss_surface
+    from .trainings import Trained, Trainings, train
     from .trajectory import PairOfPaths, ProjectedPath, Trajectories, trajectories
 
 __all__ = [
@@ -97,8 +105,10 @@ __all__ = [
     "Moment",
     "Monitor",
     "MonitorWarning",
+    "NamedOptimizer",
     "NearIdentity",
     "NotFinite",
+    "OptimizerSpec",
     "PairOfPaths",
     "Plane",
     "PowersOfTwo",
@@ -111,7 +121,10 @@ __all__ = [
     "Snapshots",
     "Spectrum",
     "TooSharp",
+    "Trained",
+    "Trainings",
     "Trajectories",
+    "build_optimizer",
     "curvature_of",
     "default_alarms",
     "ellipse",
@@ -123,6 +136,7 @@ __all__ = [
     "random_plane",
     "register_adapter",
     "stop",
+    "train",
     "trajectories",
 ]
 

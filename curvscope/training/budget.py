@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +72,16 @@ class Budget:
         if self._entered is not None:
             self.spent += now - self._entered
         self._left, self._entered = now, None
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """What happens inside is neither training nor the monitor's: testing, a checkpoint."""
+        start = self.clock()
+        try:
+            yield
+        finally:
+            if self._left is not None:
+                self._left += self.clock() - start
 
     @property
     def mean_step(self) -> float:
