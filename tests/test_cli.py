@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -185,13 +186,14 @@ def test_zoo_problems_are_loaded_with_the_options(monkeypatch: pytest.MonkeyPatc
 
 def test_version_help_and_list() -> None:
     assert run("--version").output.strip() == f"curvscope {cs.__version__}"
-    for arguments in (["--help"], ["-h"], ["report", "--help"], ["verify", "-h"]):
+    for arguments in (["--help"], ["-h"], ["report", "-h"], ["verify", "-h"], ["doctor", "-h"]):
         result = run(*arguments)
         assert result.exit_code == 0 and "Usage" in result.output
         assert "xample" in result.output
     listed = run("problems")
     assert listed.exit_code == 0
     assert [line.split()[0] for line in listed.output.splitlines()] == zoo.names()
+    assert list(json.loads(run("problems", "--json").stdout)) == zoo.names()
 
 
 def test_report_passes_its_options_on(
@@ -269,6 +271,8 @@ def test_verify_prints_the_verdict_and_exits_by_it(
     result = run("verify", f"{mine}:make", "--samples", "8")
     assert result.exit_code == 0, result.output
     assert "can be trusted" in result.output
+    told = json.loads(run("verify", f"{mine}:make", "--samples", "8", "--json").stdout)
+    assert told["trusted"] and told["type"] == "Verification"
 
     class Bad:
         trusted = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,11 +50,13 @@ def make_report(
     damping: float | None = None,
     seed: int = 0,
     command: str = "",
+    config: Mapping[str, Any] | None = None,
 ) -> ReportPaths:
     """Compute everything about a problem and write it as one page with its data into ``out``.
 
     The folder gets ``report.html`` (one file that needs no network), ``report.json`` (all numbers
-    and settings; see ``docs/report-schema.md``), ``csv/`` and ``figures/`` (SVG and PNG). It takes
+    and settings; see ``docs/report-schema.md``), ``report.toml`` (the options, to make it again),
+    ``csv/`` and ``figures/`` (SVG and PNG). It takes
     its name at the very end: after an error or an interruption there is what was there before.
 
     Parameters
@@ -76,6 +79,9 @@ def make_report(
         Of everything random.
     command
         How the report was asked for, repeated in it.
+    config
+        All options of ``curvscope report`` by name, which are written as ``report.toml`` for
+        ``curvscope report --config``. Default: those above.
 
     Cost: about a minute on two cores for networks of a few thousand parameters; the page lists the
     seconds of every computation.
@@ -90,16 +96,27 @@ def make_report(
     if damping is not None and not (0 <= damping < float("inf")):
         raise OptionError(f"damping={damping!r} must be a finite number of at least 0.")
     from .collect import collect
+    from .config import check_keys
     from .findings import Settings
 
     settings = Settings(hessian, verification, probes, damping, seed)
+    if config is None:
+        config = {
+            "seed": seed,
+            "hessian": hessian,
+            "verify": verification,
+            "probes": probes,
+            "damping": damping,
+        }
+    check_keys(config, "config=")
     with atomic_folder(out) as (draft, target):
-        _write(collect(problem, settings), draft, command)
+        _write(collect(problem, settings), draft, command, config)
     return ReportPaths.of(target)
 
 
-def _write(found: Any, folder: Path, command: str) -> None:
+def _write(found: Any, folder: Path, command: str, config: Mapping[str, Any]) -> None:
     from ..progress import stage, track
+    from .config import toml
     from .document import make_document, write_json, write_tables
     from .figure_plans import plans
     from .figures import make_pictures
@@ -111,6 +128,8 @@ def _write(found: Any, folder: Path, command: str) -> None:
     stage("Figures")
     pictures = list(track(drawn, "Figures", total=len(plans(found))))
     document = make_document(found, pictures, command)
+    document["config"] = {name: value for name, value in config.items() if value is not None}
+    (folder / "report.toml").write_text(toml(document["config"]), encoding="utf-8")
     (folder / "report.html").write_text(render(found, pictures, document), encoding="utf-8")
     write_tables(found, folder / "csv")
     files = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]

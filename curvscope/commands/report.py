@@ -1,0 +1,150 @@
+"""``curvscope report``."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .options import (
+    DataOption,
+    DebugOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ProblemOrNone,
+    SamplesOption,
+    SeedOption,
+    ThreadsOption,
+    load,
+    print_json,
+    reported,
+)
+
+_QUICK_SAMPLES = 256
+_QUICK = {"hessian": False, "verify": False, "probes": 8}  # unless asked for
+
+
+def add(app: typer.Typer) -> None:
+    """Register the command with ``app``."""
+    app.command(
+        epilog="Examples: curvscope report digits-cnn --out reports/digits-cnn · curvscope report "
+        "mynet:make -o reports/mynet --quick · curvscope report --config "
+        "reports/mynet/report.toml --hessian",
+        short_help="Write a page about a problem: exact curvature, approximations, errors.",
+    )(report)
+
+
+def report(
+    context: typer.Context,
+    problem: ProblemOrNone = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Folder to write; an earlier report there is replaced, anything else never.",
+            show_default=False,
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            "-c",
+            help="TOML file with any of these options, also problem and out; what the command line "
+            "says comes first. Every report holds its own as report.toml.",
+            show_default=False,
+        ),
+    ] = None,
+    data: DataOption = None,
+    samples: SamplesOption = None,
+    seed: SeedOption = 0,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    threads: ThreadsOption = None,
+    hessian: Annotated[
+        bool, typer.Option(help="Whether to compute the Hessian beside the GGN.")
+    ] = True,
+    verify: Annotated[bool, typer.Option(help="Whether to check the problem as well.")] = True,
+    probes: Annotated[
+        int, typer.Option(min=2, help="Random probes of the Hutchinson diagonals.")
+    ] = 16,
+    damping: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            help="Added to the matrices in metrics of steps (default: the GGN's mean eigenvalue).",
+            show_default=False,
+        ),
+    ] = None,
+    quick: Annotated[
+        bool,
+        typer.Option(
+            help="At most 256 samples and, unless asked for, no Hessian, no verification, 8 probes."
+        ),
+    ] = False,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Compute a problem's curvature and write report.html, report.json, tables and figures.
+
+    The page is one file and opens without network.
+    """
+    with reported(debug):
+        from ..report import check_output, make_report
+        from ..report.config import OPTIONS, read_config
+
+        file = read_config(config) if config is not None else {}
+        asked = {name for name in OPTIONS if _by_hand(context, name)}
+        values = {
+            name: file[name] if name in file and name not in asked else context.params[name]
+            for name in OPTIONS
+        }
+        if values["quick"]:
+            values.update({k: v for k, v in _QUICK.items() if k not in asked and k not in file})
+        problem, out = _needed(values)
+        check_output(out)
+        names = ("data", "samples", "seed", "dtype", "device", "threads")
+        loaded = load(problem, **{name: values[name] for name in names})
+        if values["quick"] and loaded.n_samples > _QUICK_SAMPLES:
+            loaded = loaded.subset(_QUICK_SAMPLES, values["seed"])
+        paths = make_report(
+            loaded,
+            out,
+            hessian=values["hessian"],
+            verification=values["verify"],
+            probes=values["probes"],
+            damping=values["damping"],
+            seed=values["seed"],
+            command=shlex.join(["curvscope", *sys.argv[1:]]),
+            config={k: str(v) if isinstance(v, Path) else v for k, v in values.items()},
+        )
+    if json:
+        print_json({name: str(getattr(paths, name)) for name in ("folder", "html", "json")})
+    else:
+        typer.echo(str(paths.html))
+
+
+def _by_hand(context: typer.Context, name: str) -> bool:
+    """Whether the option stands on the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and not source.name.startswith("DEFAULT")
+
+
+def _needed(values: dict[str, Any]) -> tuple[str, Path]:
+    """The problem and the folder, without which there is nothing to do."""
+    from ..errors import OptionError
+
+    if not values["problem"]:
+        raise OptionError(
+            "Which PROBLEM? Give a name of the zoo (curvscope problems) or "
+            "package.module:function, as in: curvscope report digits-cnn --out reports/digits-cnn"
+        )
+    if not values["out"]:
+        raise OptionError(
+            'Where to? Give the folder to write: --out FOLDER, or out = "FOLDER" in the file of '
+            "--config."
+        )
+    return str(values["problem"]), Path(values["out"])
