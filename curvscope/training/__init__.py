@@ -47,6 +47,7 @@ _PUBLIC = {
     "default_alarms": "alarms",
     "ellipse": "ellipses",
     "flat_parameters": "paths",
+    "lightning_callback": "callbacks",
     "loss_surface": "surfaces",
     "plane_along": "planes",
     "plane_of_paths": "planes",
@@ -56,6 +57,7 @@ _PUBLIC = {
     "stop": "alarms",
     "train": "trainings",
     "trajectories": "trajectory",
+    "transformers_callback": "callbacks",
 }
 
 if TYPE_CHECKING:
@@ -73,6 +75,7 @@ if TYPE_CHECKING:
         default_alarms,
         stop,
     )
+    from .callbacks import lightning_callback, transformers_callback
     from .curvature_measures import Error, Fresh, Sharpness, Spectrum
     from .ellipses import Ellipse, ellipse
     from .measures import Loss, Measure
@@ -129,6 +132,7 @@ __all__ = [
     "default_alarms",
     "ellipse",
     "flat_parameters",
+    "lightning_callback",
     "loss_surface",
     "plane_along",
     "plane_of_paths",
@@ -138,6 +142,7 @@ __all__ = [
     "stop",
     "train",
     "trajectories",
+    "transformers_callback",
 ]
 
 

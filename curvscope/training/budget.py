@@ -139,5 +139,6 @@ class Budget:
         self.training, self.spent = float(state["training"]), float(state["spent"])
         for name, values in state["accounts"].items():
             if name in self.accounts:
+                known = {k: v for k, v in values.items() if v is not None}  # null in JSON is NaN
                 weight = self.accounts[name].weight
-                self.accounts[name] = Account(**{**values, "weight": weight})
+                self.accounts[name] = Account(**{**known, "weight": weight})

@@ -346,11 +346,14 @@ class Sharpness(Measure):
         def product(vector: Tensor) -> Tensor:
             return (H @ vector.to(H.dtype)).double()
 
+        size, steps = H.shape[0], min(self.steps, H.shape[0])
+        # all of them: the largest in magnitude may be negative
         values, _, residuals = leading_by_products(
-            product, H.shape[0], device=H.device, steps=self.steps, tol=1e-2
+            product, size, steps, device=H.device, steps=steps, tol=0.0
         )
-        top = float(values[0])
-        row = {"lambda_max": top, "residual": float(residuals[0]), "lr": lr, "product": top * lr}
+        k = int(values.argmax())
+        top = float(values[k])
+        row = {"lambda_max": top, "residual": float(residuals[k]), "lr": lr, "product": top * lr}
         P = moment.preconditioner
         row["covered"] = P is None or not P.uncovered
         if P is not None and not P.uncovered:

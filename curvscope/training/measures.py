@@ -115,7 +115,8 @@ class Loss(Measure):
 
     def take(self, moment: Moment) -> Rows:
         """One row."""
-        return [{"loss": moment.loss, "lr": moment.lr}]
+        given = {} if moment.given else {"given": False}
+        return [{"loss": moment.loss, "lr": moment.lr, **given}]
 
 
 @register

@@ -53,6 +53,11 @@ class Moment:
         self.memo = {} if memo is None else memo
         self.previous = previous
 
+    @property
+    def given(self) -> bool:
+        """Whether the loop handed over a loss."""
+        return self._loss is not None
+
     @cached_property
     def loss(self) -> float:
         """The training loss of this step."""

@@ -21,12 +21,12 @@ import curvscope as cs
 from curvscope.training import Every, Snapshots
 from tests.training.loops import OPTIMIZERS, batches, data, one_step, plain_net, problem_of
 
-STEPS, SAVE = 24, 4
+STEPS, SAVE = 16, 4
 MEASURES: dict[Any, Any] = {
     "loss": 1,
     "gradient": 3,
     "error": 4,
-    "spectrum": Every(3),
+    "spectrum": Every(5),
     "diagnostics": 2,
 }
 
