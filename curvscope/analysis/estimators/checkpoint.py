@@ -7,6 +7,7 @@ import json
 import os
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,9 @@ class Keeper:
         if self.path is None or not self.path.exists():
             return None
         try:
-            content = torch.load(self.path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():  # of foreign formats, which end in an error below
+                warnings.simplefilter("ignore")
+                content = torch.load(self.path, map_location="cpu", weights_only=True)
             meta = json.loads(content["meta"])
             seen, numbers = content["fingerprint"], json.loads(content["numbers"])
             state = {**numbers, **content["tensors"]}

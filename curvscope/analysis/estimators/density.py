@@ -193,7 +193,7 @@ def density(
                 width = max(width or 0.0, resolved)
     used = found.nodes[found.weights > 0]
     low, high = float(used.min()), float(used.max())
-    width = width or ((high - low) / 100 or max(abs(high), 1.0) / 100)
+    width = width or default_width(op, low, high)
     grid = torch.linspace(low - 4 * width, high + 4 * width, points, dtype=torch.float64)
     curves = torch.stack(
         [_broadened(n, w, grid, width) for n, w in zip(found.nodes, found.weights, strict=True)]
@@ -236,15 +236,34 @@ def _lanczos(
         nodes, weights, meter.used = state["nodes"], state["weights"], state["used"]
     for start in range(len(nodes), probes, group):
         count = min(group, probes - start)
-        label = f"Density of the {title(meter.op)}, probes {start + 1} to {start + count}"
+
+        def hold(nodes: Tensor = nodes, weights: Tensor = weights, **inner: Any) -> None:
+            keeper.hold(nodes=nodes, weights=weights, used=meter.used, **inner)
+
         found = quadrature(
-            meter, seed, start, count, steps, reorthogonalise=reorthogonalise, label=label
+            meter,
+            seed,
+            start,
+            count,
+            steps,
+            reorthogonalise=reorthogonalise,
+            label=f"Density of the {title(meter.op)}, probes {start + 1} to {start + count}",
+            hold=hold if keeper.path else None,
+            state=state,
         )
+        state = None
         missing = steps - found.nodes.shape[1]
         nodes = torch.cat([nodes, torch.nn.functional.pad(found.nodes, (0, missing))])
         weights = torch.cat([weights, torch.nn.functional.pad(found.weights, (0, missing))])
         keeper.hold(nodes=nodes, weights=weights, used=meter.used)
     return Quadrature(nodes, weights)
+
+
+def default_width(op: Operator, low: float, high: float) -> float:
+    """A hundredth of the range, or of the size where the range is rounding."""
+    size = max(abs(low), abs(high))
+    apart = high - low > 1e3 * torch.finfo(op.dtype).eps * size
+    return (high - low) / 100 if apart else (size or 1.0) / 100
 
 
 def _powers(nodes: Tensor, weights: Tensor) -> Tensor:

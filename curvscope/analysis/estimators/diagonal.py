@@ -28,7 +28,7 @@ from .common import (
     title,
 )
 from .estimate import Estimated
-from .leave_one_out import leave_one_out
+from .leave_one_out import FEW, leave_one_out
 
 if TYPE_CHECKING:
     import numpy as np
@@ -120,6 +120,8 @@ def diagonal(
     if method == "auto":
         method = "exact" if stored(op) else "hutchinson"
     needed = {"hutchinson": 2, "xdiag": 8, "exact": 1}[method]
+    if method == "xdiag" and op.shape[0] <= FEW:
+        needed = op.shape[0]
     budget = check_budget(budget, needed, f"method={method!r}")
     settings = {"method": method, "seed": seed}
     meter = Meter(op)
@@ -194,6 +196,9 @@ def _hutchinson(
 def _xdiag(
     meter: Meter, tol: float, budget: int, seed: int, keeper: Keeper
 ) -> tuple[Tensor, Tensor, int]:
+    if meter.size <= FEW:
+        value = meter(torch.eye(meter.size).to(meter.op.device, meter.op.dtype)).diagonal()
+        return value, torch.zeros_like(value), meter.size
     parts = leave_one_out(
         meter,
         lambda parts: _lengths(parts.diagonals()),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -52,6 +53,7 @@ class Found:
     good: tuple[bool, ...]
     reason: str
     warnings: tuple[str, ...] = ()
+    chain: list[tuple[float, float]] | None = None
 
 
 def eigsh(
@@ -64,6 +66,7 @@ def eigsh(
     method: str = "auto",
     block: int = 1,
     v0: Tensor | None = None,
+    copies: bool = True,
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> Eigenpairs:
@@ -76,14 +79,16 @@ def eigsh(
     pairs found until then are kept and marked.
 
     ``method``: ``"lanczos"`` is a block Lanczos iteration with full reorthogonalisation, thick
-    restarts, and a last look beside the subspace for copies of multiple eigenvalues (a warning
-    says where it could not decide within a few products); ``"scipy"``
+    restarts; ``"scipy"``
     and ``"lobpcg"`` are SciPy's; ``"exact"`` decomposes the matrix; ``"auto"`` decomposes stored
     matrices of up to 2,000 rows, takes the Gram matrix of ``V`` for ``V V^T`` of low rank, and
     ``"lanczos"`` otherwise. ``block`` vectors are multiplied at once: more cost more products, but
     those of a network share its passes. ``v0`` ``[P]`` or ``[P, block]`` is the start (default:
-    Gaussian from ``seed``). ``checkpoint`` names a file from which the same call goes on after an
-    interruption, with the same result; it takes one more product.
+    Gaussian from ``seed``). ``copies=True`` adds a last look beside the subspace, of about five
+    products, for copies of multiple eigenvalues, which no iteration from one vector sees (SciPy's
+    does not look for them); a warning says where it could not decide. ``checkpoint`` names a file
+    from which the same call goes on after an interruption, with the same result; it takes one more
+    product.
 
     Cost: the products it reports, and ``O(P m^2)`` for a basis of ``m`` (two ``[m, P]`` are kept).
     Raises ``OptionError`` for a ``k`` beyond the rows, a budget below ``k`` and a matrix that is
@@ -106,6 +111,7 @@ def eigsh(
     block = check_count("block", block)
     tol, seed = check_tol(tol), check_seed(seed)
     settings = {"k": k, "which": which, "method": method, "block": block, "seed": seed}
+    settings["copies"] = copies
     if method == "auto":
         method = _automatic(op, which)
     meter = Meter(op)
@@ -130,7 +136,7 @@ def eigsh(
                 most=most,
                 keeper=keeper,
                 seed=seed,
-                copies=k > (2 if which == "BE" else 1) or v0 is not None,
+                copies=copies and (k > (2 if which == "BE" else 1) or v0 is not None),
             )
     else:
         if checkpoint is not None:
@@ -252,11 +258,13 @@ def solve(
     seed: int,
     slack: float = SLACK,
     copies: bool = True,
+    settled: Callable[[Krylov, Ritz], bool] = lambda krylov, pairs: True,
 ) -> Found:
     """Block Lanczos until ``k`` pairs have converged or ``most`` products are spent.
 
     ``copies=False`` leaves out the look for further copies of multiple eigenvalues, which change
-    nothing where the outermost one alone is wanted and the start is random.
+    nothing where the outermost one alone is wanted and the start is random. ``settled`` may ask
+    for more than small residuals.
     """
     room = _capacity(meter.size, start.element_size(), k, start.shape[1])
     krylov = Krylov(meter, start, room, seed=seed)
@@ -271,7 +279,7 @@ def solve(
             if krylov.count >= meter.size:
                 return _found(krylov, pairs, tol, slack, "The basis spans the whole space.")
             limits = thresholds(pairs, tol, krylov.eps, slack)
-            if bool((pairs.residuals <= limits).all()):
+            if bool((pairs.residuals <= limits).all()) and settled(krylov, pairs):
                 done = _settle(krylov, pairs, limits, which, most, warnings, copies)
                 if done is not None:
                     return _found(krylov, pairs, tol, slack, done, tuple(warnings))
@@ -348,4 +356,5 @@ def _found(
             f"{len(bad)} of {len(good)} pairs (number {listing(bad)}) have not converged: the "
             f"largest residual is {number(float(residuals.max()), 2)}.",
         )
-    return Found(pairs.values, rows.mT.contiguous(), residuals, good, reason, warnings)
+    vectors = rows.mT.contiguous()
+    return Found(pairs.values, vectors, residuals, good, reason, warnings, krylov.chain)

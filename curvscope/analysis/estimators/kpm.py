@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,12 +36,16 @@ def chebyshev(
     else:
         centre, half = state["centre"], state["half"]
         moments, meter.used = state["moments"], state["used"]
-    keeper.hold(moments=moments, centre=centre, half=half, used=meter.used)
     block = meter.columns(8)
     for start in range(len(moments), probes, block):
+
+        def hold(moments: Tensor = moments, **inner: Any) -> None:
+            keeper.hold(moments=moments, centre=centre, half=half, used=meter.used, **inner)
+
         count = min(block, probes - start)
         vectors = signs(meter.op, seed, start, count, stream=7) / math.sqrt(meter.size)
-        new = _moments(meter, vectors, steps, centre, half)
+        new = _moments(meter, vectors, steps, centre, half, hold, state)
+        state = None
         moments = torch.cat([moments, new])
         keeper.hold(moments=moments, centre=centre, half=half, used=meter.used)
     return _damped(moments, centre, half), math.pi * half / moments.shape[1]
@@ -48,27 +54,46 @@ def chebyshev(
 def _bounds(meter: Meter, seed: int) -> tuple[float, float]:
     found = quadrature(meter, seed + 1, 0, 1, min(BOUNDS, meter.size), label="Bounds")
     low, high = float(found.nodes.min()), float(found.nodes.max())
-    half = (high - low) / 2 or max(abs(high), 1.0) / 100
+    size = max(abs(low), abs(high))
+    apart = high - low > 1e3 * torch.finfo(meter.op.dtype).eps * size
+    half = (high - low) / 2 if apart else (size or 1.0) / 100
     return (high + low) / 2, (1 + _MARGIN) * half
 
 
-def _moments(meter: Meter, vectors: Tensor, steps: int, centre: float, half: float) -> Tensor:
-    count = vectors.shape[1]
-    result = torch.zeros(count, 2 * steps + 1, dtype=torch.float64)
-    result[:, 0] = 1.0
-    before, now = vectors, (meter(vectors) - centre * vectors) / half
-    result[:, 1] = column_dots(before, now)
-    for k in track(range(1, steps + 1), f"Density of the {title(meter.op)}"):
-        result[:, 2 * k] = 2 * column_dots(now, now) - 1
-        if float(result[:, 2 * k].abs().max()) > 1.01:
+def _moments(
+    meter: Meter,
+    vectors: Tensor,
+    steps: int,
+    centre: float,
+    half: float,
+    hold: Callable[..., None],
+    state: Mapping[str, Any] | None,
+) -> Tensor:
+    """``z^T T_k z`` for ``k`` up to ``2 steps``: ``[n, 2 steps + 1]``."""
+
+    def mapped(x: Tensor) -> Tensor:
+        return (meter(x) - centre * x) / half
+
+    if state is not None and "now" in state:
+        k, result = state["k"], state["result"].clone()
+        before, now = state["before"].to(vectors), state["now"].to(vectors)
+    else:
+        result = torch.zeros(vectors.shape[1], 2 * steps + 1, dtype=torch.float64)
+        result[:, 0] = 1.0
+        k, before, now = 1, vectors, mapped(vectors)
+        result[:, 1] = column_dots(before, now)
+    for place in track(range(k, steps + 1), f"Density of the {title(meter.op)}"):
+        result[:, 2 * place] = 2 * column_dots(now, now) - 1
+        if float(result[:, 2 * place].abs().max()) > 1.01:
             raise NotDefinedError(
                 f"The spectrum of the {title(meter.op)} reaches beyond the bounds that "
                 f"{BOUNDS} Lanczos steps gave; use method='slq'."
             )
-        if k < steps:
-            before, now = now, 2 * (meter(now) - centre * now) / half - before
-            result[:, 2 * k + 1] = 2 * column_dots(before, now) - result[:, 1]
-    return result[:, : 2 * steps + 1]
+        if place < steps:
+            before, now = now, 2 * mapped(now) - before
+            result[:, 2 * place + 1] = 2 * column_dots(before, now) - result[:, 1]
+            hold(k=place + 1, before=before, now=now, result=result.clone())
+    return result
 
 
 def _damped(moments: Tensor, centre: float, half: float) -> Quadrature:

@@ -43,6 +43,8 @@ class Krylov:
         self.projected = torch.zeros(self.capacity, self.capacity, dtype=torch.float64)
         self.coupling = torch.zeros(0, 0, dtype=torch.float64)
         self.draws = 0
+        # the three-term recurrence of a single random start, as long as there is one
+        self.chain: list[tuple[float, float]] | None = [] if start.shape[1] == 1 else None
         self.largest = 0.0
         self.pending = self._orthonormal(start.mT.to(self.basis))[0]
         if not len(self.pending):
@@ -61,6 +63,9 @@ class Krylov:
         self.count = stop
         rest, coupling = self._orthonormal(images)
         self.coupling = coupling
+        if self.chain is not None and len(block) == 1 and len(self.chain) == start:
+            alpha = float(self.projected[start, start])
+            self.chain.append((alpha, float(coupling.norm()) if len(rest) else 0.0))
         if not len(rest) and stop < self.meter.size:
             rest = self.random(1)  # an invariant subspace: what lies beside it is found from here
             self.coupling = torch.zeros(1, len(block), dtype=torch.float64)
@@ -74,7 +79,7 @@ class Krylov:
         self._project(start, stop)
         old = self.pending
         self.count = stop
-        ends = torch.cat([old, following.unsqueeze(0) if following.ndim == 1 else following])
+        ends = torch.cat([old, following])
         self.pending = self._orthonormal(ends)[0]
         if not len(self.pending):
             self.pending = self.random(1)

@@ -15,6 +15,8 @@ from .common import Meter, column_dots, signs
 
 _PAIRS = 2**30  # entries of pairs of probes that are looked at for the diagonal's errors
 _ROWS = 2**21  # numbers in one temporary of the diagonal's errors
+FEW = 32
+"""Rows up to which random signs may repeat; then unit vectors serve better."""
 _NOISE = 50.0  # times eps: below that, a column of A Omega adds nothing
 
 
@@ -49,29 +51,48 @@ class LeaveOneOut:
         old = self.basis.shape[1]
         before = float(self.R.norm(dim=0).max()) if old else 0.0
         scale = max(before, float(sketch.norm(dim=0).max()), math.ulp(0.0))
-        found: list[Tensor] = []
-        rows = torch.zeros(old + count, count, dtype=torch.float64)
-        for column in range(count):
-            rest = sketch[:, column].clone()
-            basis = torch.cat([self.basis, *[f.unsqueeze(1) for f in found]], 1)
-            for _ in range(2):
-                part = basis.mT @ rest
-                rest -= basis @ part
-                rows[: len(part), column] += part.double().cpu()
-            length = float(rest.norm())
-            if length > _NOISE * self.eps * scale:
-                rows[old + len(found), column] = length
-                found.append(rest / length)
-        larger = torch.zeros(old + len(found), self.count + count, dtype=torch.float64)
+        new, rows = self._orthonormal(sketch, _NOISE * self.eps * scale)
+        added = new.shape[1]
+        larger = torch.zeros(old + added, self.count + count, dtype=torch.float64)
         larger[:old, : self.count] = self.R
-        larger[:, self.count :] = rows[: old + len(found)]
-        new = torch.stack(found, 1) if found else self.basis[:, :0]
-        images = self.meter(new) if found else new
+        larger[:, self.count :] = rows
+        images = self.meter(new) if added else new
         self.R = larger
-        self.full &= len(found) == count
+        self.full &= added == count
         self.probes = torch.cat([self.probes, probes], 1)
         self.basis = torch.cat([self.basis, new], 1)
         self.images = torch.cat([self.images, images], 1)
+
+    def _orthonormal(self, sketch: Tensor, noise: float) -> tuple[Tensor, Tensor]:
+        """Orthonormal columns ``[P, r]`` for what is new in ``sketch``, its coefficients."""
+        old, count = self.basis.shape[1], sketch.shape[1]
+        rows = torch.zeros(old + count, count, dtype=torch.float64)
+        rest = sketch.clone()
+        for _ in range(2):
+            part = self.basis.mT @ rest
+            rest -= self.basis @ part
+            rows[:old] += part.double().cpu()
+        if self.full and old + count <= self.meter.size:
+            new, triangle = torch.linalg.qr(rest)
+            if float(triangle.diagonal().abs().min()) > noise:
+                new -= self.basis @ (self.basis.mT @ new)
+                rows[old:] = triangle.double().cpu()
+                return new, rows
+        found: list[Tensor] = []
+        for column in range(count):
+            left = rest[:, column].clone()
+            for _ in range(2):
+                for place, other in enumerate(found):
+                    inside = other @ left
+                    left -= inside * other
+                    rows[old + place, column] += float(inside)
+                left -= self.basis @ (self.basis.mT @ left)
+            length = float(left.norm())
+            if length > noise:
+                rows[old + len(found), column] = length
+                found.append(left / length)
+        new = torch.stack(found, 1) if found else self.basis[:, :0]
+        return new, rows[: old + len(found)]
 
     def directions(self) -> Tensor:
         """``s_i`` as columns ``[n, n]``."""

@@ -13,6 +13,7 @@ from ...errors import NotDefinedError, ParameterMismatchError, ShapeError, check
 from ...operators import Operator, inner
 from ..coerce import in_float64
 from ..result import Cost
+from .beside import bounds
 from .checkpoint import Keeper
 from .common import (
     Meter,
@@ -23,12 +24,14 @@ from .common import (
     column_dots,
     decomposable,
     matrix_of,
+    normals,
     signs,
     stored,
     title,
 )
-from .eigsh import eigsh
+from .eigsh import solve
 from .estimate import Estimate
+from .krylov import Krylov, Ritz
 from .sampling import Sampled, mean_of, sample_until
 from .trace import estimate_of
 
@@ -55,17 +58,19 @@ def norm(
     ``norm(A - B)`` never forms either matrix. The squared Frobenius norm is the mean of
     ``|A z|^2`` over random signs ``z``; it stops when the interval at ``confidence`` is no wider
     than ``tol`` (default 0.05) of the value on either side, or after ``budget`` products. The
-    spectral norm, the largest magnitude of an eigenvalue, comes from Lanczos iteration up to a
-    residual of ``tol`` (default 0.001) of the value: ``value`` itself is a lower bound, and
-    ``high`` adds the residual. ``method`` is ``"exact"`` (by structure or dense), ``"products"``,
-    or ``"auto"``: exact for stored matrices. ``seed`` gives the probes and the start.
+    spectral norm, the largest magnitude of an eigenvalue, comes from Lanczos iteration: ``value``
+    is a lower bound, and ``high`` is exceeded with a probability below ``1 - confidence`` over
+    the random start, at most ``tol`` (default 0.001) above it. ``method`` is ``"exact"`` (by
+    structure or dense), ``"products"``, or ``"auto"``: exact for stored matrices. ``seed`` gives
+    the probes and the start.
 
     Cost: the products it reports; for a relative error of ``e`` of the Frobenius norm about
     ``1 / (2 r e^2)`` of them, with ``r = |A|_F^4 / |A^2|_F^2`` the effective rank of ``A^2``.
     Raises ``OptionError`` for a matrix that is not symmetric and a budget too small,
     ``NonFiniteError`` for products that are not finite.
 
-    Source: Hutchinson 1990 for ``A^2``; Lanczos as in :func:`eigsh`.
+    Source: Hutchinson 1990 for ``A^2``; Lanczos as in :func:`eigsh`, its bound by the Christoffel
+    function of the start (Golub and Meurant, "Matrices, Moments and Quadrature", 2010).
     """
     begun = time.perf_counter()
     op = matrix_of(op)
@@ -136,22 +141,44 @@ def _spectral(
     settings: dict[str, object],
     begun: float,
 ) -> Estimate:
-    pairs = eigsh(op, 1, which="LM", tol=tol, budget=budget, method="lanczos", seed=seed)
-    value, residual = float(pairs.values[0].abs()), float(pairs.residuals[0])
+    check_budget(budget, 2, "the spectral norm")
+    meter = Meter(op)
+
+    def upper(chain: list[tuple[float, float]] | None) -> float:
+        return max(abs(x) for x in bounds(chain or [], op.shape[0], confidence))
+
+    def settled(krylov: Krylov, pairs: Ritz) -> bool:
+        return upper(krylov.chain) <= (1 + tol) * float(pairs.values[0].abs())
+
+    found = solve(
+        meter,
+        normals(op, seed, 0, 1, stream=2),
+        1,
+        which="LM",
+        tol=tol,
+        most=budget,
+        keeper=Keeper(None, meter, {}),
+        seed=seed,
+        copies=False,
+        settled=settled,
+    )
+    value, high = float(found.values[0].abs()), upper(found.chain)
+    good = high <= (1 + tol) * value or op.shape[0] == 1
+    warnings = () if good else (f"The spectral norm has not converged to tol={tol:g}.",)
     return Estimate(
-        of=pairs.of,
-        size=pairs.size,
+        of=title(op),
+        size=op.shape[0],
         method="lanczos",
-        reason=pairs.reason,
+        reason="It stopped as the interval is short enough." if good else found.reason,
         quantity="spectral norm",
         value=value,
         low=value,
-        high=value + residual,
+        high=max(high, value),
         confidence=confidence,
-        converged=pairs.converged,
-        cost=Cost(pairs.products, time.perf_counter() - begun),
+        converged=good,
+        cost=Cost(meter.used, time.perf_counter() - begun),
         settings=settings,
-        warnings=pairs.warnings,
+        warnings=warnings,
     )
 
 

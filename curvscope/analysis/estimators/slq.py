@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,13 +48,16 @@ def quadrature(
     enough: Callable[[Quadrature], bool] | None = None,
     every: int = 5,
     label: str = "",
+    hold: Callable[..., None] | None = None,
+    state: Mapping[str, Any] | None = None,
 ) -> Quadrature:
     """Gauss quadratures of the spectral measures of random signs ``start`` to ``start + count``.
 
     ``reorthogonalise="full"`` keeps every basis orthogonal to rounding; ``"selective"`` does so
     only when the estimated loss (Simon's recurrence, Math. Comp. 42, 1984) exceeds the root of the
     machine epsilon, which keeps the nodes right to rounding; ``"none"`` lets copies of converged
-    nodes appear. ``enough`` is asked after every few steps whether to stop.
+    nodes appear. ``enough`` is asked after every few steps whether to stop. ``hold`` is given the
+    state after every step, from which the iteration goes on as ``state``.
     """
     op = meter.op
     steps = min(steps, meter.size)
@@ -67,7 +71,14 @@ def quadrature(
     loss = _Loss(count, steps, torch.finfo(op.dtype).eps, meter.size)
     eps = torch.finfo(op.dtype).eps
     done, repairs, again = 0, 0, False
-    for step in track(range(steps), label or f"Density of the {title(op)}"):
+    if state is not None and "vectors" in state:
+        done, repairs, again = state["done"], state["repairs"], state["again"]
+        if keeps:
+            bases[:, :done] = state["bases"].to(op.device)
+        vectors, before = state["vectors"].to(op.device), state["before"].to(op.device)
+        alphas, betas, ends = state["alphas"].clone(), state["betas"].clone(), state["ends"].clone()
+        loss.now, loss.last = state["loss"].clone(), state["last_loss"].clone()
+    for step in track(range(done, steps), label or f"Density of the {title(op)}"):
         if keeps:
             bases[:, step] = vectors
         images = meter(vectors.mT.contiguous()).mT.contiguous()
@@ -100,6 +111,20 @@ def quadrature(
         before = vectors
         divisors = torch.where(lengths > 0, lengths, torch.inf)
         vectors = images / divisors.to(images).unsqueeze(1)
+        if hold is not None:
+            hold(
+                done=done,
+                repairs=repairs,
+                again=again,
+                bases=bases[:, :done] if keeps else bases,
+                vectors=vectors,
+                before=before,
+                alphas=alphas.clone(),
+                betas=betas.clone(),
+                ends=ends.clone(),
+                loss=loss.now.clone(),
+                last_loss=loss.last.clone(),
+            )
         due = enough is not None and done % every == 0 and done < steps
         if due and enough is not None and enough(_nodes(alphas, betas, ends, done)):
             break
@@ -110,17 +135,20 @@ def quadrature(
 
 
 def _nodes(alphas: Tensor, betas: Tensor, ends: Tensor, steps: int) -> Quadrature:
-    nodes = torch.zeros(len(alphas), steps, dtype=torch.float64)
-    weights = torch.zeros_like(nodes)
-    for row in range(len(alphas)):
-        size = min(int(ends[row]), steps)
-        matrix = torch.diag(alphas[row, :size])
-        off = betas[row, : size - 1]
-        matrix += torch.diag(off, 1) + torch.diag(off, -1)
-        values, vectors = torch.linalg.eigh(matrix)
-        nodes[row, :size], weights[row, :size] = values, vectors[0].square()
-        nodes[row, size:] = values[-1]
-    return Quadrature(nodes, weights)
+    """Eigenvalues of the tridiagonals, and squared first components of their vectors.
+
+    A recurrence that has ended is padded with its last diagonal entry, which nothing couples to
+    the start.
+    """
+    sizes = ends.clamp(max=steps).unsqueeze(1)
+    places = torch.arange(steps)
+    diagonal = alphas[:, :steps]
+    diagonal = torch.where(places < sizes, diagonal, diagonal.gather(1, sizes - 1))
+    beside = torch.where(places[1:] < sizes, betas[:, : steps - 1], 0.0)
+    matrix = torch.diag_embed(diagonal)
+    matrix += torch.diag_embed(beside, 1) + torch.diag_embed(beside, -1)
+    values, vectors = torch.linalg.eigh(matrix)
+    return Quadrature(values, vectors[:, 0].square())
 
 
 class _Loss:

@@ -28,7 +28,7 @@ from .common import (
     title,
 )
 from .estimate import Estimate
-from .leave_one_out import LeaveOneOut, leave_one_out
+from .leave_one_out import FEW, LeaveOneOut, leave_one_out
 from .sampling import Sampled, mean_of, sample_until
 
 if TYPE_CHECKING:
@@ -80,7 +80,8 @@ def trace(
     tol, confidence, seed = check_tol(tol), check_confidence(confidence), check_seed(seed)
     if method == "auto":
         method = "exact" if stored(op) else "hutchinson"
-    budget = check_budget(budget, _NEEDS[method], f"method={method!r}")
+    few = method == "xtrace" and op.shape[0] <= FEW
+    budget = check_budget(budget, op.shape[0] if few else _NEEDS[method], f"method={method!r}")
     settings = {"method": method, "seed": seed}
     meter = Meter(op)
     if method == "exact":
@@ -200,6 +201,11 @@ def _hutch_plus(
 def _xtrace(
     meter: Meter, tol: float, budget: int, confidence: float, seed: int, keeper: Keeper
 ) -> Sampled:
+    if meter.size <= FEW:
+        value = float(meter(torch.eye(meter.size).to(meter.op.device, meter.op.dtype)).trace())
+        reason = "Its rows are few enough to multiply every unit vector."
+        return Sampled(torch.zeros(0), value, 0.0, True, reason)
+
     def interval(parts: LeaveOneOut) -> tuple[float, float]:
         values, stderr = parts.traces()
         return float(values.mean()), quantile(confidence, max(1, parts.count - 1)) * stderr
