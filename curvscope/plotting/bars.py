@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..analysis.comparison import WHOLE, Comparison, Row
 from ..errors import NotDefinedError, UnknownBlockError, nearest
+from .marks import mark, value
 from .style import GRID, INK, MUTED, axes_for, colours, log_axis, power_of_ten, short, styled
 
 if TYPE_CHECKING:
@@ -71,6 +72,9 @@ def plot_comparison(
         place += 1
     ax.set_ylim(place - 1.3, -0.7)
     ax.set_yticks(ticks, texts)
+    if single:
+        for label, row in zip(ax.get_yticklabels(), rows, strict=True):
+            mark(label, series=row.approximation)
     ax.tick_params(axis="y", length=0)
     ax.set_xlabel(_metric_title(metric))
     ax.grid(True, axis="x")
@@ -103,10 +107,10 @@ def _chosen(
 
 
 def _bar(ax: Axes, place: float, row: Row, metric: str, colour: str, floor: float) -> None:
-    value = row[metric]
-    if not math.isfinite(value):
+    size = row[metric]
+    if not math.isfinite(size):
         word = row.status if row.status in ("uncovered", "failed") else "not defined"
-        ax.annotate(
+        text = ax.annotate(
             word,
             (0, place),
             xycoords=("axes fraction", "data"),
@@ -117,13 +121,17 @@ def _bar(ax: Axes, place: float, row: Row, metric: str, colour: str, floor: floa
             fontsize=7.5,
             fontstyle="italic",
         )
+        mark(text, row.note or row.reasons.get(metric, word), series=row.approximation)
         return
-    ax.barh(place, value - floor, left=floor, height=0.78, color=colour)
+    (bar,) = ax.barh(place, size - floor, left=floor, height=0.78, color=colour)
+    mark(bar, _tip(row, metric), series=row.approximation)
     spread = row.stderr.get(metric, math.nan)
     if math.isfinite(spread) and spread > 0:
-        ax.errorbar(value, place, xerr=spread, color=INK, lw=0.9, capsize=2)
+        line = ax.errorbar(size, place, xerr=spread, color=INK, lw=0.9, capsize=2)
+        for part in line.get_children():
+            mark(part, series=row.approximation)
     if metric == "error" and row.best_in_class > _NO_BEST:
-        ax.plot(
+        (tick,) = ax.plot(
             [max(row.best_in_class, floor)],
             [place],
             marker="|",
@@ -133,6 +141,19 @@ def _bar(ax: Axes, place: float, row: Row, metric: str, colour: str, floor: floa
             ls="none",
             zorder=3,
         )
+        mark(tick, series=row.approximation)
+
+
+def _tip(row: Row, metric: str) -> str:
+    """What a bar says when asked."""
+    where = "the whole matrix" if row.block == WHOLE else row.block
+    text = f"{row.approximation} on {where}: {metric.replace('_', ' ')} {value(row[metric])}"
+    spread = row.stderr.get(metric, math.nan)
+    if math.isfinite(spread) and spread > 0:
+        text += f" ± {value(spread, 2)}"
+    if metric == "error" and row.best_in_class > _NO_BEST:
+        text += f", best of its class {value(row.best_in_class)}"
+    return text
 
 
 def _legend(ax: Axes, rows: list[Row], metric: str, tint: Mapping[str, str], single: bool) -> None:
@@ -176,22 +197,24 @@ def plot_cost(
     seconds: Mapping[str, float], *, ax: Axes | None = None, title: str | None = None
 ) -> Axes:
     """Seconds of wall-clock time per computation, on a logarithmic axis, in the order given."""
-    shown = {name: value for name, value in seconds.items() if value > 0}
+    shown = {name: spent for name, spent in seconds.items() if spent > 0}
     if not shown:
         raise NotDefinedError("No computation has a cost above zero to draw.")
     ax = axes_for(ax, width=6.6, height=0.9 + _HEIGHT * len(shown))
     low = 10 ** math.floor(math.log10(min(shown.values())))
     places = list(range(len(shown)))
-    lengths = [value - low for value in shown.values()]
-    ax.barh(places, lengths, left=low, height=0.72, color=colours(["x"], exact=0)["x"])
+    lengths = [spent - low for spent in shown.values()]
+    bars = ax.barh(places, lengths, left=low, height=0.72, color=colours(["x"], exact=0)["x"])
+    for bar, (name, spent) in zip(bars, shown.items(), strict=True):
+        mark(bar, f"{name}: {spent:.3g} s")
     ax.set_xscale("log")
     log_axis(ax.xaxis)
     ax.set_xlim(low, max(shown.values()) * 4)
-    for place, value in zip(places, shown.values(), strict=True):
-        text = f"{float(f'{value:.2g}'):g} s" if value >= 0.01 else f"{power_of_ten_s(value)} s"
+    for place, spent in zip(places, shown.values(), strict=True):
+        text = f"{float(f'{spent:.2g}'):g} s" if spent >= 0.01 else f"{power_of_ten_s(spent)} s"
         ax.annotate(
             text,
-            (value, place),
+            (spent, place),
             xytext=(3, 0),
             textcoords="offset points",
             va="center",

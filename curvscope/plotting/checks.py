@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ..analysis.checks import FAILED, NOT_APPLICABLE, PASSED, SKIPPED, Check
 from ..analysis.verify import Verification
 from ..errors import NotDefinedError
+from .marks import mark, value
 from .style import GRID, INK, MUTED, axes_for, log_axis, short, styled
 
 if TYPE_CHECKING:
@@ -91,15 +92,16 @@ def _draw(ax: Axes, check: Check, place: int, low: float, high: float) -> None:
     if math.isnan(check.value):
         word = _WORDS.get(check.status, check.status)
         x = math.sqrt(low * bound) if math.isfinite(bound) else math.sqrt(low * high)
-        ax.text(
+        text = ax.text(
             x, place, word, va="center", ha="center", color=colour, fontsize=7.5, style="italic"
         )
+        mark(text, f"{check.name}: {word}. {check.sentence}")
     else:
         x = min(max(abs(check.value), _FLOOR), high) if check.value else low
         if math.isfinite(bound):
             ax.plot([x, bound], [place, place], color=colour, lw=1.0, alpha=0.45)
         face = colour if check.value else "none"
-        ax.plot(
+        (dot,) = ax.plot(
             [x],
             [place],
             marker=_MARKERS[check.status],
@@ -111,6 +113,8 @@ def _draw(ax: Axes, check: Check, place: int, low: float, high: float) -> None:
             clip_on=False,
             zorder=4,
         )
+        tip = f"{check.name}: {check.status}, measured {value(check.value)}"
+        mark(dot, tip + (f", tolerance {value(check.tolerance)}" if math.isfinite(bound) else ""))
     if math.isfinite(bound):
         ax.plot([bound], [place], marker="|", color=INK, ms=8, mew=1.3, ls="none", zorder=3)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..analysis.coverage import COVERED, IGNORED, Coverage
+from .marks import mark
 from .style import GRID, INK, PAPER, axes_for, short, styled
 
 if TYPE_CHECKING:
@@ -36,10 +37,13 @@ def plot_coverage(coverage: Coverage, *, ax: Axes | None = None, title: str | No
     state = {
         (cell.parameter, cell.method): _state(cell.status, cell.route) for cell in coverage.cells
     }
+    why = {(c.parameter, c.method): c.reason or c.route for c in coverage.cells}
     for y, row in enumerate(rows):
         for x, method in enumerate(methods):
             kind = state[row.name, method]
-            ax.add_patch(_square(x, y, _FILL[kind]))
+            reason = why[row.name, method]
+            text = f"{row.name}, {method}: {_TEXT[kind]}" + (f" ({reason})" if reason else "")
+            mark(ax.add_patch(_square(x, y, _FILL[kind])), text)
             if kind == "missing":
                 ax.plot(x, y, marker="x", color=INK, ms=4.5, mew=1.0)
     ax.set_xlim(-0.5, len(methods) - 0.5)

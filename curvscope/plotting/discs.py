@@ -8,6 +8,7 @@ import numpy as np
 
 from ..analysis.concentration import Concentration
 from ..errors import NotDefinedError, check_option
+from .marks import mark, value
 from .style import GRID, INK, NEGATIVE, PALETTE, SIZE_MAP, axes_for, log_axis, power_of_ten, styled
 
 if TYPE_CHECKING:
@@ -74,11 +75,12 @@ def _circles(ax: Axes, centres: np.ndarray, radii: np.ndarray, alone: np.ndarray
 
     for k in np.argsort(-radii):
         colour = PALETTE[2] if alone[k] else PALETTE[0]
-        ax.add_patch(
-            Circle(
-                (centres[k], 0), radii[k], fc=to_rgba(colour, 0.1), ec=to_rgba(colour, 0.7), lw=0.6
-            )
+        disc = Circle(
+            (centres[k], 0), radii[k], fc=to_rgba(colour, 0.1), ec=to_rgba(colour, 0.7), lw=0.6
         )
+        touches = "touches no other" if alone[k] else "touches others"
+        text = f"row {k + 1}: centre {value(centres[k])}, radius {value(radii[k])}, {touches}"
+        mark(ax.add_patch(disc), text)
     tall = float(radii.max()) or 0.1
     corners = [(float((centres - radii).min()), -tall), (float((centres + radii).max()), tall)]
     ax.update_datalim(corners)

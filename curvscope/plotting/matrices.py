@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import NotDefinedError, check_option
 from ..operators import Operator
+from .marks import mark
 from .style import SIGNED_MAP, SIZE_MAP, axes_for, axes_row, power_of_ten, styled
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ def plot_blocks(
     for ax, name, (pixels, pooled) in zip(row, matrices, shown, strict=True):
         image = _show(ax, pixels, norm, scale, pooled)
         ax.set_title(name)
+        mark(ax, series=name)
     for ax in row[1:]:
         ax.set_ylabel("")
     _bar(image, row, scale)

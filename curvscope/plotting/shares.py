@@ -10,6 +10,7 @@ import numpy as np
 
 from ..analysis.concentration import Concentration
 from ..errors import NotDefinedError
+from .marks import mark, readout
 from .style import GRID, INK, MUTED, PALETTE, axes_for, colours, short, styled
 
 if TYPE_CHECKING:
@@ -57,14 +58,23 @@ def plot_bands(
         distance = np.arange(one.size) / max(one.size - 1, 1)
         few = np.unique(np.linspace(0, one.size - 1, min(one.size, _POINTS)).astype(int))
         steps = "steps-post" if len(few) == one.size else "default"
-        ax.plot(distance[few], shares[few], color=tint[name], label=short(name), drawstyle=steps)
-        ax.plot(distance[few], null[few], color=tint[name], ls=":", lw=1.1, drawstyle=steps)
-        ax.plot([0], shares[:1], marker="o", color=tint[name], clip_on=False, zorder=4)
+        (line,) = ax.plot(
+            distance[few], shares[few], color=tint[name], label=short(name), drawstyle=steps
+        )
+        mark(line, name, points=zip(distance[few].tolist(), shares[few].tolist(), strict=True))
+        (line,) = ax.plot(
+            distance[few], null[few], color=tint[name], ls=":", lw=1.1, drawstyle=steps
+        )
+        points = zip(distance[few].tolist(), null[few].tolist(), strict=True)
+        mark(line, f"{name}, null model", points=points)
+        (dot,) = ax.plot([0], shares[:1], marker="o", color=tint[name], clip_on=False, zorder=4)
+        mark(dot)
     ax.plot([], [], color=MUTED, ls=":", label="null model")
     ax.set_xlim(0, 1)
     ax.set_ylim(0, 1.03)
     ax.set_xlabel("distance from the diagonal / largest distance")
     ax.set_ylabel("cumulative share of energy")
+    readout(ax, "distance", "share")
     ax.grid(True)
     ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
     if title is not None:
@@ -89,7 +99,10 @@ def plot_diagonal_shares(
     ax = axes_for(ax, width=6.2, height=0.95 + 0.24 * len(named))
     places = np.arange(len(named))
     shares = [one.diagonal_share for one in named.values()]
-    ax.barh(places, shares, height=0.7, color=PALETTE[0], label="the matrix")
+    bars = ax.barh(places, shares, height=0.7, color=PALETTE[0], label="the matrix")
+    for bar, (name, one) in zip(bars, named.items(), strict=True):
+        chance = f"null model {100 * one.null.diagonal_share:.3g} %"
+        mark(bar, f"{name}: {100 * one.diagonal_share:.3g} % on the diagonal, {chance}")
     null = [one.null.diagonal_share for one in named.values()]
     spread = [2 * _or_zero(one.null.diagonal_share_std) for one in named.values()]
     ax.errorbar(

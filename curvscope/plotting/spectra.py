@@ -10,6 +10,7 @@ import numpy as np
 
 from ..analysis.spectrum import Spectrum
 from ..errors import OptionError
+from .marks import mark, readout
 from .style import DASHES, INK, NEGATIVE, PALETTE, axes_for, colours, log_axis, power_of_ten, styled
 
 if TYPE_CHECKING:
@@ -55,7 +56,9 @@ def plot_spectra(
         width = 2.0 if place == 0 else 1.3
         if len(positive):
             ranks = np.arange(1, len(positive) + 1)
-            ax.plot(ranks, positive, color=tint[name], ls=dash, lw=width, label=name)
+            (line,) = ax.plot(ranks, positive, color=tint[name], ls=dash, lw=width, label=name)
+            points = zip(ranks.tolist(), positive.tolist(), strict=True)
+            mark(line, name, series=name, points=points)
             low = min(low, positive[-1])
         else:
             ax.plot([], [], color=tint[name], ls=dash, lw=width, label=name)
@@ -63,7 +66,7 @@ def plot_spectra(
             label = f"{name}, {len(negative):,} negative"
             ranks = np.arange(1, len(negative) + 1)
             marks = np.unique(np.geomspace(1, len(negative), 24).astype(int)) - 1
-            ax.plot(
+            (line,) = ax.plot(
                 ranks,
                 negative,
                 color=tint[name],
@@ -73,6 +76,8 @@ def plot_spectra(
                 markevery=marks.tolist(),
                 label=label,
             )
+            points = zip(ranks.tolist(), (-negative).tolist(), strict=True)
+            mark(line, f"{name}, negative", series=name, points=points)
             low = min(low, negative[-1])
     if top > 0:
         ax.set_yscale("log")
@@ -84,6 +89,7 @@ def plot_spectra(
     ax.set_xlim(0.9 if longest > 30 else 0.5, longest * 1.1)
     ax.set_xlabel("rank of the eigenvalue, largest magnitude first")
     ax.set_ylabel("magnitude of the eigenvalue")
+    readout(ax, "rank", "eigenvalue")
     ax.grid(True, which="major")
     handles, labels = ax.get_legend_handles_labels()
     order = _legend_order(labels, list(named))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import CurvscopeError
 from ..plot import style
+from ..plotting.marks import annotate_svg, number_marks
 from .figure_plans import Plan, plans
 from .findings import Findings
 from .svg import for_page, lighter
@@ -39,10 +40,11 @@ def make_pictures(found: Findings, folder: Path) -> Iterator[Picture]:
     """Draw all figures; files go to ``folder`` as ``NAME.svg`` and ``NAME.png``."""
     for plan in plans(found):
         name = f"{plan.kind}-{found.slug(plan.block)}" if plan.block else plan.kind
-        yield _picture(plan, name, folder)
+        yield draw_plan(plan, name, folder)
 
 
-def _picture(plan: Plan, name: str, folder: Path) -> Picture:
+def draw_plan(plan: Plan, name: str, folder: Path) -> Picture:
+    """One figure, with its files in ``folder``."""
     from matplotlib.figure import Figure
 
     blank = Picture(name, plan.kind, plan.block, plan.alt, plan.caption, reason=plan.reason)
@@ -63,6 +65,7 @@ def _picture(plan: Plan, name: str, folder: Path) -> Picture:
 
 def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
+    marks, planes = number_marks(figure)
     # No date, so that the same numbers give the same file.
     figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()
+    return annotate_svg(buffer.getvalue(), marks, planes)

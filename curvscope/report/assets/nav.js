@@ -11,6 +11,12 @@
     if (event.target.closest("a") && narrow.matches) details.open = false;
   });
 
+  // The link in the bar at the top, for those who are far down on a phone.
+  document.querySelector(".up")?.addEventListener("click", () => {
+    details.open = true;
+    nav.querySelector("summary").focus({ preventScroll: true });
+  });
+
   const targets = links.map((link) => document.getElementById(link.hash.slice(1)));
   let current = null;
   const locate = () => {
