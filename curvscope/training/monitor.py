@@ -119,7 +119,7 @@ class Monitor:
         if isinstance(snapshots, str):
             snapshots = Snapshots(snapshots)
         if snapshots is not None:
-            keeper = SnapshotMeasure(snapshots)
+            keeper = SnapshotMeasure(snapshots, every)
             keeper.start(problem)
             self.measures.append((keeper, keeper.when))
         self.budget.open((m.name, m.weight) for m, _ in self.measures)

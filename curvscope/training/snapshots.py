@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from ..problem import Problem
 
+_EVERY = 50
 KINDS = ("full", "strided", "projection")
 
 
@@ -35,11 +36,12 @@ class Snapshots:
 
     ``kind``: ``"full"`` (all entries), ``"strided"`` (every ``stride``-th entry of the flat vector)
     or ``"projection"`` (a count sketch of ``size`` numbers, drawn from ``seed``). ``schedule`` is
-    when, as for measures: a number n for every n-th step, or a schedule.
+    when, as for measures: a number n for every n-th step, or a schedule; ``None`` is the monitor's
+    ``every=``, or every 50th step.
     """
 
     kind: str = "projection"
-    schedule: Any = 50
+    schedule: Any = None
     stride: int = 100
     size: int = 4096
     seed: int = 0
@@ -151,9 +153,10 @@ class SnapshotMeasure(Measure):
     weight = 0.5
     disturbs = False
 
-    def __init__(self, config: Snapshots) -> None:
+    def __init__(self, config: Snapshots, every: Any = None) -> None:
         self.config = config
-        self.when = schedule(config.schedule)
+        own = every if config.schedule is None else config.schedule
+        self.when = schedule(_EVERY if own is None else own)
         self._initial: list[dict[str, Any]] = []
 
     def settings(self) -> dict[str, Any]:
