@@ -14,7 +14,16 @@ from torch import Tensor, nn
 
 import curvscope as cs
 from curvscope.analysis import Verification
-from curvscope.analysis.checks import CHECKS, Case, Check, Marks, Outcome, prepare, register
+from curvscope.analysis.checks import (
+    CHECKS,
+    Case,
+    Check,
+    Marks,
+    Outcome,
+    gaussnewton,
+    prepare,
+    register,
+)
 from curvscope.analysis.checks.base import Entry
 from curvscope.analysis.verify import run as run_check
 from curvscope.curvature import exact, kronecker, products
@@ -508,6 +517,23 @@ def test_wrong_sampled_labels(monkeypatch) -> None:
     outcome = check(models.problem("mlp"), "sampled Fisher")
     assert outcome.status == "failed"
     assert outcome.value > 5
+
+
+def test_rare_labels_accuse_nobody(monkeypatch) -> None:
+    """A model that is sure of its answers: draws without the rare labels hardly vary."""
+    generator = torch.Generator().manual_seed(0)
+    data = torch.randn(32, 6, generator=generator), torch.arange(32) % 4
+    model = nn.Linear(6, 4)
+    with torch.no_grad():
+        model.weight.copy_(2.5 * torch.randn(4, 6, generator=generator))
+    problem = cs.Problem(model, torch.nn.CrossEntropyLoss(), data)
+
+    def statuses() -> set[str]:
+        return {check(problem, "sampled Fisher", seed=seed).status for seed in range(4)}
+
+    assert statuses() <= {"passed", "skipped"}
+    monkeypatch.setattr(gaussnewton, "_label_spread", lambda case: 0.0)
+    assert "failed" in statuses()
 
 
 def test_wrong_empirical_fisher(monkeypatch) -> None:
