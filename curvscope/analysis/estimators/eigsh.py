@@ -151,7 +151,7 @@ def eigsh(
         method=method,
         which=which,
         values=as_cpu(found.values),
-        vectors=found.vectors.detach(),
+        vectors=found.vectors.detach().cpu(),
         residuals=as_cpu(found.residuals),
         pair_converged=found.good,
         converged=all(found.good),
