@@ -1,4 +1,4 @@
-"""The command line: ``curvscope report | verify | problems | doctor``.
+"""The command line: ``curvscope report | train | verify | problems | doctor``.
 
 The commands are in :mod:`curvscope.commands`, one file each.
 """
@@ -23,6 +23,10 @@ Examples:
   curvscope report --config report/report.toml
 
   curvscope verify digits-transformer
+
+  curvscope train digits-mlp --optimizer kbfgs --optimizer adam --epochs 5 --out runs/digits
+
+  curvscope report runs/digits
 
   curvscope doctor
 
@@ -58,7 +62,7 @@ def make_app() -> Any:
     """The typer application."""
     import typer
 
-    from .commands import doctor, report, verify
+    from .commands import doctor, report, train, verify
 
     app = typer.Typer(
         name="curvscope",
@@ -85,7 +89,7 @@ def make_app() -> Any:
         pass
 
     app.callback()(common)
-    for module in (report, verify, doctor):
+    for module in (report, train, verify, doctor):
         module.add(app)
     return app
 

@@ -31,7 +31,7 @@ def add(app: typer.Typer) -> None:
     app.command(
         epilog="Examples: curvscope report digits-cnn --out reports/digits-cnn · curvscope report "
         "mynet:make -o reports/mynet --quick · curvscope report --config "
-        "reports/mynet/report.toml --hessian",
+        "reports/mynet/report.toml --hessian · curvscope report runs/digits",
         short_help="Write a page about a problem: exact curvature, approximations, errors.",
     )(report)
 
@@ -90,10 +90,11 @@ def report(
 ) -> None:
     """Compute a problem's curvature and write report.html, report.json, tables and figures.
 
-    The page is one file and opens without network.
+    The page is one file and opens without network. In place of PROBLEM a folder that curvscope
+    train or a Monitor has written gives the page of those trainings, in FOLDER/report unless --out
+    says where; --quick leaves out the loss surface.
     """
     with reported(debug):
-        from ..report import check_output, make_report
         from ..report.config import OPTIONS, read_config
 
         file = read_config(config) if config is not None else {}
@@ -104,27 +105,61 @@ def report(
         }
         if values["quick"]:
             values.update({k: v for k, v in _QUICK.items() if k not in asked and k not in file})
-        problem, out = _needed(values)
-        check_output(out)
-        names = ("data", "samples", "seed", "dtype", "device", "threads")
-        loaded = load(problem, **{name: values[name] for name in names})
-        if values["quick"] and loaded.n_samples > _QUICK_SAMPLES:
-            loaded = loaded.subset(_QUICK_SAMPLES, values["seed"])
-        paths = make_report(
-            loaded,
-            out,
-            hessian=values["hessian"],
-            verification=values["verify"],
-            probes=values["probes"],
-            damping=values["damping"],
-            seed=values["seed"],
-            command=shlex.join(["curvscope", *sys.argv[1:]]),
-            config={k: str(v) if isinstance(v, Path) else v for k, v in values.items()},
-        )
+        if _of_runs(values):
+            paths = _report_runs(values)
+        else:
+            paths = _report_problem(values)
     if json:
         print_json({name: str(getattr(paths, name)) for name in ("folder", "html", "json")})
     else:
         typer.echo(str(paths.html))
+
+
+def _report_problem(values: dict[str, Any]) -> Any:
+    """The page of a problem."""
+    from ..report import check_output, make_report
+
+    problem, out = _needed(values)
+    check_output(out)
+    names = ("data", "samples", "seed", "dtype", "device", "threads")
+    loaded = load(problem, **{name: values[name] for name in names})
+    if values["quick"] and loaded.n_samples > _QUICK_SAMPLES:
+        loaded = loaded.subset(_QUICK_SAMPLES, values["seed"])
+    return make_report(
+        loaded,
+        out,
+        hessian=values["hessian"],
+        verification=values["verify"],
+        probes=values["probes"],
+        damping=values["damping"],
+        seed=values["seed"],
+        command=_command(),
+        config={k: str(v) if isinstance(v, Path) else v for k, v in values.items()},
+    )
+
+
+def _of_runs(values: dict[str, Any]) -> bool:
+    """Whether what stands for the problem is a folder of trainings."""
+    from ..report.runs import holds_runs
+    from ..zoo import names
+
+    given = values["problem"]
+    return bool(given) and given not in names() and holds_runs(given)
+
+
+def _report_runs(values: dict[str, Any]) -> Any:
+    """The page of trainings; into their own folder unless told otherwise."""
+    from ..report import check_output
+    from ..report.runs import make_runs_report
+
+    folder = Path(values["problem"])
+    out = Path(values["out"]) if values["out"] else folder / "report"
+    check_output(out)
+    return make_runs_report(folder, out, surface=not values["quick"], command=_command())
+
+
+def _command() -> str:
+    return shlex.join(["curvscope", *sys.argv[1:]])
 
 
 def _by_hand(context: typer.Context, name: str) -> bool:

@@ -127,8 +127,8 @@ def write_tables(found: Findings, folder: Path) -> None:
             f"{name} {'x'.join(map(str, shape))}" for name, shape in record["shapes"].items()
         )
         record["top_eigenvalues"] = " ".join(f"{v:.8g}" for v in record["top_eigenvalues"])
-    _write(folder / "layers.csv", layers)
-    _write(
+    write_records(folder / "layers.csv", layers)
+    write_records(
         folder / "approximations.csv",
         [
             {
@@ -152,11 +152,11 @@ def write_tables(found: Findings, folder: Path) -> None:
     spectra = [
         (block, name, one) for block, all_ in found.spectra.items() for name, one in all_.items()
     ]
-    _write(
+    write_records(
         folder / "spectra.csv",
         [{"block": block, "matrix": name, **one.facts()} for block, name, one in spectra],
     )
-    _write(
+    write_records(
         folder / "eigenvalues.csv",
         [
             {"block": block, "matrix": name, "index": place, "eigenvalue": value}
@@ -164,14 +164,14 @@ def write_tables(found: Findings, folder: Path) -> None:
             for place, value in enumerate(one.eigenvalues.tolist())
         ],
     )
-    _write(folder / "concentration.csv", concentration_records(found))
+    write_records(folder / "concentration.csv", concentration_records(found))
     if found.coverage is not None:
         found.coverage.to_frame().to_csv(folder / "coverage.csv", index=False)
         found.coverage.details().to_csv(folder / "coverage-reasons.csv", index=False)
     if found.verification is not None:
         found.verification.to_frame().to_csv(folder / "verification.csv", index=False)
         found.verification.trust_frame().to_csv(folder / "trust.csv", index=False)
-    _write(
+    write_records(
         folder / "cost.csv",
         [
             {
@@ -186,11 +186,13 @@ def write_tables(found: Findings, folder: Path) -> None:
     )
 
 
-def _write(path: Path, records: list[dict[str, Any]]) -> None:
+def write_records(path: Path, records: list[dict[str, Any]]) -> None:
+    """A CSV file with the columns of all ``records``; none of no records."""
     if not records:
         return
+    columns = dict.fromkeys(key for record in records for key in record)
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(records[0]))
+        writer = csv.DictWriter(file, list(columns))
         writer.writeheader()
         writer.writerows({k: "" if _missing(v) else v for k, v in r.items()} for r in records)
 
@@ -233,4 +235,4 @@ def peak_memory() -> int | None:
     return int(used if sys.platform == "darwin" else used * 1024)
 
 
-__all__ = ["SCHEMA", "make_document", "schema", "write_json", "write_tables"]
+__all__ = ["SCHEMA", "make_document", "schema", "write_json", "write_records", "write_tables"]

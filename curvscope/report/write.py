@@ -16,6 +16,9 @@ from ..errors import OutputError
 KIND = "curvscope report"
 """The entry ``"kind"`` of every ``report.json``, by which a folder of ours is recognised."""
 
+RUNS_KIND = "curvscope report of runs"
+"""The same of a report about trainings."""
+
 
 @contextlib.contextmanager
 def atomic_folder(out: str | os.PathLike[str]) -> Iterator[tuple[Path, Path]]:
@@ -102,7 +105,7 @@ def report_files(folder: Path) -> set[str] | None:
     """Names of the files of the report in ``folder``; ``None`` if there is none."""
     try:
         document = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        files = document["files"] if document["kind"] == KIND else None
+        files = document["files"] if document["kind"] in (KIND, RUNS_KIND) else None
         return None if files is None else {str(name) for name in files}
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -31,7 +31,7 @@ OURS: dict[str, tuple[type, dict[str, Any], str]] = {
     "kfac": (optim.KFAC, {"lr": 0.1, "damping": 0.03}, CLOSURE),
     "adafisher": (optim.AdaFisher, {"lr": 0.03, "damping": 0.01, "update_every": 10}, CLOSURE),
     "adafisherw": (optim.AdaFisherW, {"lr": 0.03, "damping": 0.01, "update_every": 10}, CLOSURE),
-    "adahessian": (optim.AdaHessian, {"lr": 0.15}, VALUE),
+    "adahessian": (optim.AdaHessian, {"lr": 0.1}, VALUE),
     "mfac": (optim.MFAC, {"lr": 0.1, "damping": 0.03}, CLOSURE),
 }
 """Name -> class, options that train the digits problems in a few epochs, how it is stepped."""
