@@ -79,6 +79,14 @@ class Tab:
             raise BrowserError(f"{expression}\n{answer['exceptionDetails']}")
         return answer["result"].get("value")
 
+    def wait(self, condition: str, patience: float = 10.0) -> None:
+        """Until a JavaScript expression is true."""
+        end = time.monotonic() + patience
+        while not self.evaluate(condition):
+            if time.monotonic() > end:
+                raise BrowserError(f"{condition} did not come true in {patience} s")
+            time.sleep(0.05)
+
     def size(self, width: int, height: int, *, phone: bool = False) -> None:
         self.send(
             "Emulation.setDeviceMetricsOverride",

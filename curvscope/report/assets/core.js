@@ -40,7 +40,7 @@ const page = {
   const button = document.getElementById("theme");
   const root = document.documentElement;
   const order = ["automatic", "light", "dark"];
-  const tell = () => { button.querySelector("span").textContent = root.dataset.theme ?? "automatic"; };
+  const tell = () => { button.querySelector(".state").textContent = root.dataset.theme ?? "automatic"; };
   button.addEventListener("click", () => {
     const next = order[(order.indexOf(root.dataset.theme ?? "automatic") + 1) % order.length];
     if (next === "automatic") delete root.dataset.theme;

@@ -14,7 +14,7 @@
       const key = (row) => {
         const cell = row.cells[column];
         if (numeric) return cell?.dataset.sort === undefined ? NaN : Number(cell.dataset.sort);
-        return cell?.dataset.sort ?? cell?.textContent ?? "";
+        return cell?.dataset.sort ?? cell?.firstChild?.textContent ?? "";
       };
       button.addEventListener("click", () => {
         const up = head.getAttribute("aria-sort") !== "ascending";

@@ -89,7 +89,7 @@
     for (const value of rounds(axes, 1)) {
       const y = axes.place(1, value);
       ticks.append(page.make("line", { x1: x0, x2: x1, y1: y, y2: y }),
-        page.make("text", { x: x0 - 6, y: y + 3, "text-anchor": "end" }, label(value)));
+        page.make("text", { x: x0 - 4, y: y + 2.5, "text-anchor": "end" }, label(value)));
     }
     axes.element.querySelector(".mark").before(ticks);
   };
