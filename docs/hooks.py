@@ -22,6 +22,7 @@ _ELSEWHERE = {
 }
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 _ROLE = re.compile(r":(?:func|class|meth|mod|data|attr):<code>~?([\w.]+)</code>")
+_REST = re.compile(r"^<!-- all (other names|classes) of curvscope\.(\w+) -->$", re.MULTILINE)
 _LINK = re.compile(r"(\]\()((?:\.\./)*)([\w./-]+)(#[\w-]+)?\)")
 
 
@@ -42,6 +43,7 @@ def on_files(files: Files, *, config: Any) -> Files:
 def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Files) -> str:
     """Links that hold in the repository hold in the site."""
     here = page.file.src_uri
+    markdown = _REST.sub(_rest, markdown)
     sources = {page: source for source, page in _ELSEWHERE.items()}
     place = sources.get(here, here if here.startswith("benchmarks/") else f"docs/{here}")
 
@@ -88,13 +90,26 @@ def canonical(name: str) -> str:
     return f"{path}.{rest}" if rest else path
 
 
-def _public() -> dict[str, str]:
-    """Public name -> module, read from the source: building the pages needs no torch."""
-    source = ast.parse((ROOT / "curvscope" / "__init__.py").read_text(encoding="utf-8"))
-    for node in source.body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_PUBLIC":
-            return dict(ast.literal_eval(node.value))
-    raise RuntimeError("curvscope/__init__.py has no _PUBLIC")
+def _rest(match: re.Match[str]) -> str:
+    """The public names (or classes) of a package that no page of the reference has by hand."""
+    classes, package = match[1] == "classes", match[2]
+    pages = (ROOT / "docs" / "reference").glob("*.md")
+    named = set(re.findall(r"^::: (\S+)", "".join(p.read_text("utf-8") for p in pages), re.M))
+    names = [name for name, where in _PUBLIC.items() if where == package]
+    if classes or package == "training":
+        init = ROOT / "curvscope" / package / "__init__.py"
+        names += _assigned(init, "__all__")
+    wanted = [n for n in dict.fromkeys(names) if not classes or n[0].isupper()]
+    paths = [f"curvscope.{package}.{name}" for name in wanted]
+    return "\n\n".join(f"::: {path}" for path in paths if path not in named)
 
 
-_PUBLIC = _public()
+def _assigned(path: Path, name: str) -> Any:
+    """What a module assigns to a name, read from its source: building needs no torch."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
+            return ast.literal_eval(node.value)
+    raise RuntimeError(f"{path} assigns no {name}")
+
+
+_PUBLIC: dict[str, str] = _assigned(ROOT / "curvscope" / "__init__.py", "_PUBLIC")

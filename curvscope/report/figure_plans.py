@@ -73,9 +73,9 @@ def _overall_errors(found: Findings) -> Plan:
         "",
         "Bar chart of the relative error of the main approximations on the whole matrix and on "
         "each layer, with a tick at the best error of the class.",
-        "Relative Frobenius error against the GGN, bars in the order of the legend. The tick on a bar "
-        "is the error of the nearest matrix of the same class: what the structure costs; the rest is "
-        "what the method adds."
+        "Relative Frobenius error against the GGN, bars in the order of the legend. The tick on a "
+        "bar is the error of the nearest matrix of the same class: what the structure costs; the "
+        "rest is what the method adds."
         + (" The eight layers with the most energy are shown." if many else ""),
         (7.4, 1.2 + 0.145 * bars),
         lambda f: _void(

@@ -58,12 +58,12 @@ class Budget:
         self._left: float | None = None
         self._entered: float | None = None
 
-    def enter(self) -> None:
-        """The monitor begins to work."""
+    def enter(self, *, step: bool = True) -> None:
+        """The monitor begins to work, after a step of the training or otherwise."""
         now = self.clock()
         if self._left is not None:
             self.training += now - self._left
-            self.steps += 1
+            self.steps += step
         self._entered, self._left = now, None
 
     def leave(self) -> None:

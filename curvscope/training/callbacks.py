@@ -146,11 +146,15 @@ class TransformersHooks(_Watching):
         self._begin(given["model"], given["optimizer"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """A step; the loss is the latest that the trainer has logged for it."""
-        latest = state.log_history[-1] if state.log_history else {}
-        loss = latest.get("loss") if latest.get("step") == state.global_step else None
-        if self._step(loss):
+        """A step."""
+        if self._step():
             control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **given: Any) -> None:
+        """What the trainer logs (loss, gradient norm, epoch), as records ``"trainer"``."""
+        numbers = {k: v for k, v in (logs or {}).items() if isinstance(v, int | float)}
+        if self.monitor is not None and numbers:
+            self.monitor.log("trainer", **numbers)
 
     def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """The monitor's state beside the trainer's checkpoint."""
@@ -186,9 +190,8 @@ def transformers_callback(
 
     ``problem`` is a Problem of the model that is trained, or a function from the model to one;
     ``path`` and ``options`` are those of :class:`~curvscope.training.Monitor`. The Trainer hands no
-    loss to callbacks: that of steps which it logs (``logging_steps=1``) is recorded. Its state is
-    saved in the trainer's checkpoint folders. Raises ``MissingPackageError`` without
-    ``transformers``.
+    loss to callbacks: what it logs becomes the records ``"trainer"``. The monitor's state is saved
+    in the trainer's checkpoint folders. Raises ``MissingPackageError`` without ``transformers``.
     """
     try:
         from transformers import TrainerCallback

@@ -23,6 +23,7 @@ from .measures import choose
 from .moment import REFERENCES, Moment
 from .probe import make_probe
 from .recorder import Recorder
+from .run import EVENTS
 from .snapshots import SnapshotMeasure, Snapshots
 from .taking import ENOUGH, Taker
 
@@ -177,6 +178,19 @@ class Monitor:
             self._trouble("monitor", error)
         finally:
             self.budget.leave()
+
+    def log(self, name: str, **numbers: Any) -> None:
+        """Put numbers of your own (a validation loss, an accuracy) into the run, at this step.
+
+        Raises ``OptionError`` for the name of a measure.
+        """
+        if name in EVENTS or name in self.budget.accounts:
+            raise OptionError(f"{name!r} is the monitor's own; log under another name.")
+        if self._idle or self._closed or not self._begun:
+            return
+        self.budget.enter(step=False)
+        self.recorder.write(self.steps, name, [numbers], self.budget.training)
+        self.budget.leave()
 
     def _begin(self) -> None:
         """At the first step: where the run stands, and what a restart supersedes."""

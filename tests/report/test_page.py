@@ -224,7 +224,7 @@ def test_keyboard_reaches_content_and_layers(tab: Tab) -> None:
     tab.key("Enter")
     name = tab.evaluate(f"document.querySelector({json.dumps(link)}).textContent")
     here = "document.querySelector('nav [aria-current]').textContent"
-    tab.wait(f"{here} === {json.dumps(name)}")  # the page scrolls smoothly
+    tab.wait(f"{here} === {json.dumps(name)}")
     assert tab.evaluate("document.querySelectorAll('[tabindex]:not([tabindex=\"0\"])').length") == 1
     assert tab.errors == []
 

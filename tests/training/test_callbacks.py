@@ -98,7 +98,7 @@ class FakeTransformers:
     def __init__(self, model: nn.Module, callback: Any, folder: Path, save: int = 4) -> None:
         self.model, self.callback, self.save = model, callback, save
         self.args = types.SimpleNamespace(output_dir=str(folder))
-        self.state = types.SimpleNamespace(global_step=0, log_history=[])
+        self.state = types.SimpleNamespace(global_step=0)
         self.control = types.SimpleNamespace(should_training_stop=False)
         self.optimizer = OPTIMIZERS["Adam"](model)
 
@@ -116,9 +116,10 @@ class FakeTransformers:
                 continue
             loss = one_step(self.model, self.optimizer, x[index], y[index])
             self.state.global_step = number
-            if number % 2:
-                self.state.log_history.append({"loss": loss.item(), "step": number})
             self.event("on_step_end")
+            if number % 2:
+                logs = {"loss": loss.item(), "epoch": number / 4, "note": "x"}
+                self.callback.on_log(self.args, self.state, self.control, logs=logs)
             if self.control.should_training_stop:
                 break
             if number % self.save == 0:
@@ -132,6 +133,8 @@ def test_transformers(tmp_path: Path) -> None:
     callback = TransformersHooks(problem_of, tmp_path / "r", **OPTIONS)
     FakeTransformers(model, callback, tmp_path).train(6)
     assert cs.Run(tmp_path / "r").frame("loss")["step"].tolist() == [1, 2, 3, 4, 5, 6]
+    logged = cs.Run(tmp_path / "r").frame("trainer")
+    assert logged["step"].tolist() == [1, 3, 5] and logged["loss"].between(0, 3).all()
     assert callback.monitor is not None and isinstance(callback.monitor.optimizer, torch.optim.Adam)
     again = TransformersHooks(problem_of, tmp_path / "r", **OPTIONS)
     FakeTransformers(model, again, tmp_path, save=100).train(8, first=5)  # from checkpoint-4

@@ -291,6 +291,17 @@ def test_states_that_come_too_late_or_from_elsewhere(tmp_path: Path) -> None:
         make(tmp_path / "r").load_state_dict({**state, "run": "another"})
 
 
+def test_numbers_of_ones_own(tmp_path: Path) -> None:
+    with make(tmp_path / "r") as monitor:
+        go(monitor, 2)
+        monitor.log("validation", loss=0.5, accuracy=0.75)
+        with pytest.raises(OptionError, match="the monitor's own"):
+            monitor.log("loss", loss=1.0)
+        go(monitor, 1)
+    row = cs.Run(tmp_path / "r").rows("validation")[0]
+    assert (row["step"], row["loss"], row["accuracy"]) == (2, 0.5, 0.75)
+
+
 def test_stopping(tmp_path: Path) -> None:
     class Always(cs.training.Alarm):
         name = "always"
