@@ -101,6 +101,10 @@ class RunError(CurvscopeError, ValueError):
     """A folder is no run, a damaged one, or that of another training."""
 
 
+class ReportError(CurvscopeError, ValueError):
+    """A folder holds no report, a damaged one, or one that only a newer version can read."""
+
+
 class StopTraining(CurvscopeError):
     """An alarm ends the training: raised out of ``monitor.step`` where the user asked for it."""
 

@@ -10,9 +10,10 @@ from typing import Any
 
 from ..errors import OptionError
 from ..problem import Problem
+from .read import read_report
 from .write import atomic_folder, check_output
 
-__all__ = ["ReportPaths", "check_output", "make_report"]
+__all__ = ["ReportPaths", "check_output", "make_report", "read_report"]
 
 
 @dataclass(frozen=True)

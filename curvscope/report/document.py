@@ -19,9 +19,9 @@ from .findings import Findings
 from .layer_table import layer_records
 from .summary import summary, warnings
 from .tables import concentration_records
-from .write import KIND
+from .write import KIND, SCHEMAS
 
-SCHEMA = 1
+SCHEMA = SCHEMAS[KIND]
 """Version of the layout of ``report.json``; it grows when a reader of the old one would break."""
 
 _PACKAGES = ("torch", "numpy", "scipy", "pandas", "matplotlib", "backpack-for-pytorch")

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ..errors import OutputError
 
@@ -18,6 +19,10 @@ KIND = "curvscope report"
 
 RUNS_KIND = "curvscope report of runs"
 """The same of a report about trainings."""
+
+SCHEMAS = {KIND: 1, RUNS_KIND: 1}
+"""The layout of ``report.json`` that this version writes, and the newest that it knows, by kind;
+it grows when a reader of the old one would break."""
 
 
 @contextlib.contextmanager
@@ -88,6 +93,9 @@ def check_replaceable(target: Path) -> None:
             f"{target} exists and is not a report of curvscope (no report.json of ours in it), so "
             "it is not replaced. Choose another folder, or remove it yourself."
         )
+    newer = written_by_newer(target)
+    if newer:
+        raise OutputError(f"{newer} It is not replaced: choose another folder, or remove it.")
     foreign = sorted(
         str(path.relative_to(target))
         for path in target.rglob("*")
@@ -109,6 +117,34 @@ def report_files(folder: Path) -> set[str] | None:
         return None if files is None else {str(name) for name in files}
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def written_by_newer(folder: Path) -> str:
+    """What to say of the report in ``folder`` if only a newer version knows its layout, or ``""``.
+
+    Such a report may list its files in another way, so nothing of it is replaced.
+    """
+    document = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    layout = document.get("schema", 1)
+    if not isinstance(layout, int) or layout <= SCHEMAS[document["kind"]]:
+        return ""
+    return newer(document, os.fspath(folder / "report.json"))
+
+
+def newer(document: dict[str, Any], place: str) -> str:
+    """What to say of a report in a layout that only later versions know."""
+    from .. import __version__
+
+    try:
+        theirs = f"curvscope {document['environment']['versions']['curvscope']}"
+    except (KeyError, TypeError):
+        theirs = "a newer curvscope"
+    return (
+        f"{place} was written by {theirs} in layout {document['schema']}; this is curvscope "
+        f"{__version__}, which knows layouts up to {SCHEMAS[document['kind']]}. Update curvscope "
+        "to the version that wrote it, or make the report again with this one. Its report.html "
+        "opens in any browser."
+    )
 
 
 def _target(out: str | os.PathLike[str]) -> Path:

@@ -9,12 +9,12 @@ from typing import Any
 
 from ..document import environment
 from ..figures import Picture
-from ..write import RUNS_KIND
+from ..write import RUNS_KIND, SCHEMAS
 from .gather import Member, Runs
 from .places import Places
 from .words import last, median, summary, warnings
 
-SCHEMA = 1
+SCHEMA = SCHEMAS[RUNS_KIND]
 """Version of the layout; it grows when a reader of the old one would break."""
 
 
