@@ -7,6 +7,7 @@
 #   make report PROBLEM=digits-resnet OUT=somewhere      another problem, another folder
 #   make test TORCH="torch==2.13.0"                      another build of PyTorch
 #   make bench [DATA=folder with MNIST]                 the tables of benchmarks/results/
+#   make notebooks                                      execute notebooks/ in place
 
 PYTHON  ?= python3
 VENV    ?= .venv
@@ -26,11 +27,11 @@ TAG   := $(subst /,_,$(subst $(SPACE),_,$(subst >,-,$(subst <,-,$(subst =,-,$(TO
 BASE  := $(VENV)/.installed-$(TAG)
 DEV   := $(VENV)/.installed-dev-$(TAG)
 
-.PHONY: report test lint format types unit bench clean help
+.PHONY: report test lint format types unit bench notebooks clean help
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '1,9s/^# \{0,1\}//p' Makefile
+	@sed -n '1,10s/^# \{0,1\}//p' Makefile
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -76,6 +77,9 @@ bench: $(DEV)
 	  echo "== $$name"; \
 	  $(BIN)/python benchmarks/$$name.py $$(test $$name = kbfgs_mnist && echo --data "$(DATA)") \
 	  || exit 1; done
+
+notebooks: $(DEV)
+	$(BIN)/python notebooks/execute.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info

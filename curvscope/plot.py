@@ -110,7 +110,8 @@ def plot(result: Any, *, kind: str | None = None, **options: Any) -> Any:
     name = type(result).__name__
     if isinstance(result, Operator):
         kinds: dict[str, Callable[..., Any]] = {"matrix": plot_matrix, "factors": plot_factors}
-        if kind is None and getattr(result, "factors", None):
+        # those of exact blocks in factored form are rows per sample: no pictures
+        if kind is None and set(getattr(result, "factors", ())) == {"G", "A"}:
             kind = "factors"
     elif name in _KINDS:
         kinds = _KINDS[name]

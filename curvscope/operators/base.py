@@ -292,6 +292,12 @@ class Operator(ABC):
 
         return to_scipy(self)
 
+    def plot(self, **options: Any) -> Any:
+        """Draw the matrix, or its factors, with :func:`curvscope.plot.plot`; returns the axes."""
+        from .. import plot
+
+        return plot.plot(self, **options)
+
     def with_info(self, **changes: Any) -> Operator:
         """A shallow copy whose provenance is changed."""
         twin = copy.copy(self)

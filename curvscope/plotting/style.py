@@ -79,8 +79,17 @@ def style() -> Iterator[None]:
     import matplotlib
 
     settings: Any = dict(RC)  # newer releases type the names one by one
-    with matplotlib.rc_context(settings):
-        yield
+    interactive = matplotlib.is_interactive()
+    try:
+        with matplotlib.rc_context(settings):
+            try:
+                yield
+            finally:
+                interactive = matplotlib.is_interactive()
+    finally:
+        # The first figure of a notebook loads its backend, which turns interactive mode on:
+        # taken back, no later picture would be shown.
+        matplotlib.interactive(interactive)
 
 
 def styled(function: Callable[_P, _T]) -> Callable[_P, _T]:

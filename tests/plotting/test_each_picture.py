@@ -12,6 +12,7 @@ import torch
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+import curvscope as cs
 from curvscope import plot as cplot
 from curvscope.analysis import compare, concentration, spectrum
 from curvscope.errors import NotDefinedError, OptionError, UnknownBlockError
@@ -100,6 +101,16 @@ def test_factors_are_drawn_each_on_its_own_scale() -> None:
     for ax, factor in zip(axes, op.factors.values(), strict=True):
         assert ax.images[0].get_array().shape == tuple(factor.shape)
         assert ax.images[0].get_clim()[1] == pytest.approx(float(factor.abs().max()))
+
+
+def test_operators_draw_themselves_and_factors_with_a_row_per_sample_are_no_picture() -> None:
+    model = torch.nn.Linear(3, 2)
+    data = torch.randn(5, 3), torch.randint(2, (5,))
+    problem = cs.Problem(model, torch.nn.CrossEntropyLoss(), data)
+    block = cs.ggn(problem).blocks["(root)"]
+    assert block.factors["a"].shape[0] == 5  # type: ignore[attr-defined]
+    assert block.plot().images[0].get_array().shape == (8, 8)
+    assert len(cs.kfac(problem).blocks["(root)"].plot()) == 2
 
 
 def test_matrix_without_factors_and_wrong_shapes_are_refused() -> None:

@@ -86,6 +86,17 @@ def test_settings_of_matplotlib_are_left_alone() -> None:
     assert dict(matplotlib.rcParams) == before
 
 
+def test_interactive_mode_that_a_backend_turns_on_stays_on() -> None:
+    """As the first figure of a notebook does; else no later one would be shown."""
+    before = matplotlib.is_interactive()
+    try:
+        with cplot.style():
+            matplotlib.interactive(not before)
+        assert matplotlib.is_interactive() is not before
+    finally:
+        matplotlib.interactive(before)
+
+
 def test_nothing_but_the_call_imports_matplotlib() -> None:
     code = (
         "import sys, curvscope, curvscope.plot, curvscope.report, curvscope.cli\n"
