@@ -23,7 +23,7 @@ from .double_backward import (
 from .every_parameter import EveryParameter
 from .loss_scale import LossScale, take_scale
 
-AVERAGING = ("paper", "release")
+AVERAGING = ("paper", "release", "none")
 Probes = Callable[[list[Tensor]], Sequence[Tensor]]
 
 
@@ -79,7 +79,8 @@ class AdaHessian(EveryParameter):
     the authors' code for image classification does, and averages parameters with four axes only;
     the paper's average keeps the signs, so that errors of both signs cancel. With
     ``averaging="paper"`` the weights of convolutions of any dimension are averaged; if only
-    parameters are given, all with three axes and more are taken for such.
+    parameters are given, all with three axes and more are taken for such. ``averaging="none"`` is
+    the paper's method without its spatial averaging.
 
     ``step(closure)``: the closure returns the loss and does *not* call ``backward()``. While it
     runs, attention takes the kernel that has a second derivative, and convolutions and BatchNorm
@@ -165,6 +166,8 @@ class AdaHessian(EveryParameter):
         }
 
     def _count_kernel_axes(self, p: Tensor, layer: nn.Module | None) -> int:
+        if self.averaging == "none":
+            return 0
         if self.averaging == "release":
             return 2 if p.ndim == 4 else 0
         if layer is None and not any(True for _ in self.model.children()):  # parameters, no model

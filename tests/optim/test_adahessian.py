@@ -223,6 +223,11 @@ def test_kernel_positions_are_averaged_in_any_dimension(dims):
     release = diagonal_estimate(probe, product, "release", 2)
     assert torch.allclose(paper[..., 0, 0], (probe * product).mean((2, 3)))
     assert torch.allclose(release[..., 0, 0], product.abs().mean((2, 3)))
+    plain = AdaHessian(net, lr=0.0, betas=(0.9, 0.0), averaging="none")
+    plain.step(lambda: net(x).square().mean())
+    own = plain.factors("0")["D"][: net[0].weight.numel()].reshape(3, 2, -1)
+    assert bool((own.mean(-1) >= D[..., 0] - 1e-6).all())  # |mean| <= mean |.|
+    assert not torch.equal(own, own[..., :1].expand_as(own))
 
 
 def test_only_convolution_weights_are_averaged():
@@ -240,5 +245,7 @@ def test_only_convolution_weights_are_averaged():
     assert averaged - {v, v[:-1] + "0"} == {"conv.weight", "up.weight"} and v in averaged
     release = AdaHessian(model, averaging="release").coverage()
     assert not [r for r in release if "kernel" in r["reason"]]  # 4-d weights only
+    none = AdaHessian(model, averaging="none").coverage()
+    assert not [r for r in none if "kernel" in r["reason"]]
     bare = AdaHessian(list(model.named_parameters())).coverage()
     assert "position" in {r["parameter"] for r in bare if "kernel" in r["reason"]}
