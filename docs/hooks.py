@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import html
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,12 @@ _REST = re.compile(r"^<!-- all (other names|classes) of curvscope\.(\w+) -->$", 
 _LINK = re.compile(r"(\]\()((?:\.\./)*)([\w./-]+)(#[\w-]+)?\)")
 
 
+def on_config(config: Any) -> Any:
+    """Fill the navigation: ``folder/*.md`` is all pages there, ``page.md?`` may be missing."""
+    config.nav = _filled(config.nav)
+    return config
+
+
 def on_files(files: Files, *, config: Any) -> Files:
     """Add README, changelog, licence and the tables of the benchmarks as pages."""
     for source, page in _ELSEWHERE.items():
@@ -45,7 +52,8 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Files) -> 
     here = page.file.src_uri
     markdown = _REST.sub(_rest, markdown)
     sources = {page: source for source, page in _ELSEWHERE.items()}
-    place = sources.get(here, here if here.startswith("benchmarks/") else f"docs/{here}")
+    outside = here.startswith(("benchmarks/", "notebooks/"))
+    place = sources.get(here, here if outside else f"docs/{here}")
 
     def moved(match: re.Match[str]) -> str:
         target = (ROOT / place).parent / (match[2] + match[3])
@@ -54,6 +62,7 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Files) -> 
         except ValueError:
             return match[0]
         name = _ELSEWHERE.get(name, name.removeprefix("docs/"))
+        name = re.sub(r"^(notebooks/.+)\.ipynb$", r"\1.md", name)
         if files.get_file_from_path(name) is None:
             return match[0]
         return f"{match[1]}{'../' * here.count('/')}{name}{match[4] or ''})"
@@ -65,6 +74,34 @@ def on_page_content(content: str, **_: Any) -> str:
     """Formulas as MathML, roles of the docstrings as cross references."""
     content = _FORMULA.sub(_mathml, content)
     return _ROLE.sub(_reference, content)
+
+
+def _filled(entries: list[Any]) -> list[Any]:
+    filled: list[Any] = []
+    for entry in entries:
+        title, value = next(iter(entry.items())) if isinstance(entry, dict) else (None, entry)
+        if isinstance(value, list):
+            value = _filled(value)
+        elif "*" in value:
+            found = sorted(ROOT.glob(value))
+            value = [{_title(p): p.relative_to(ROOT).with_suffix(".md").as_posix()} for p in found]
+        elif value.endswith("?"):
+            value = value.removesuffix("?")
+            value = value if (ROOT / "docs" / value).exists() else None
+        if value:
+            filled.append(value if title is None else {title: value})
+    return filled
+
+
+def _title(path: Path) -> str:
+    """The first heading of a page or notebook."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".ipynb":
+        text = "".join(json.loads(text)["cells"][0]["source"])
+    found = re.search(r"^# (.+)$", text, re.MULTILINE)
+    if found is None:
+        raise RuntimeError(f"{path} has no heading.")
+    return found[1]
 
 
 def _mathml(match: re.Match[str]) -> str:

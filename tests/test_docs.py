@@ -5,20 +5,34 @@ from __future__ import annotations
 import re
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 import curvscope as cs
+from curvscope.analysis.metrics import METRICS
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+IDS = [page.relative_to(ROOT).as_posix() for page in PAGES]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)(?:#[^)]*)?\)")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=[p.name for p in PAGES])
+@pytest.fixture
+def as_before() -> Iterator[None]:
+    """Metrics that a page registers and types that it sets are its own."""
+    kept, dtype = dict(METRICS), torch.get_default_dtype()
+    yield
+    METRICS.clear()
+    METRICS.update(kept)
+    torch.set_default_dtype(dtype)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+@pytest.mark.usefixtures("as_before")
 def test_blocks_run(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -45,7 +59,7 @@ def _report(out: Path) -> None:
     cs.make_report(cs.Problem(model, torch.nn.CrossEntropyLoss(), data), out)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=[p.name for p in PAGES])
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
 def test_links_and_named_files_exist(page: Path) -> None:
     text = page.read_text()
     for target in LINK.findall(text):

@@ -72,3 +72,13 @@ def test_formulas_and_roles_are_drawn(site: Path) -> None:
         text = page.read_text(encoding="utf-8")
         assert 'class="arithmatex"' not in text, page
         assert not re.search(r":(func|class|meth|mod):", text), page
+
+
+def test_every_notebook_is_a_page(site: Path) -> None:
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        page = site / "notebooks" / f"{path.stem}.html"
+        text = page.read_text(encoding="utf-8")
+        assert f'href="{path.name}"' in text, "a link to the notebook itself"
+        assert 'id="output-' not in text, "outputs are in place"
+        for picture in re.findall(rf'src="({path.stem}-\d+\.\w+)"', text):
+            assert (page.parent / picture).stat().st_size > 0
