@@ -11,15 +11,21 @@ from typing import Any
 from ..errors import OptionError
 
 _MARGIN = 1.2  # measurements do not all take the same time
+_INSIDE = 0.95  # of the budget; the step after a measurement finds its caches cold
 _RESERVE = 0.005  # seconds, for ending the run
+_STEADY = 0.5  # of the budget, for all measures that are taken at every step
 _GUESS = 1.3  # the price of a first measurement is not known any better
 
 
 @dataclass
 class Account:
-    """One measure: seconds used, how often it was taken, thinned out and failed."""
+    """One measure: seconds used, how often it was taken, thinned out and failed.
+
+    ``steady``: cheap and taken at every step; see :class:`Budget`.
+    """
 
     weight: float = 1.0
+    steady: bool = False
     used: float = 0.0
     taken: int = 0
     thinned: int = 0
@@ -31,6 +37,9 @@ class Account:
     def spend(self, seconds: float) -> None:
         """Book one measurement."""
         self.used += seconds
+        if self.steady:
+            self.estimate = self.used / max(1, self.taken + self.failed)
+            return
         old = self.estimate
         # a measurement that takes longer counts at once, one that takes less by and by
         self.estimate = seconds if not old < math.inf else max(seconds, (old + seconds) / 2)
@@ -42,7 +51,9 @@ class Budget:
     Training is all time between leaving the monitor and entering it again; the monitor's is all
     inside, whatever it does. A measurement is allowed if what it took before, with a margin, still
     fits. While a measure waits that has used less than its part of the budget (by weight), others
-    may not go beyond theirs: cheap measures do not starve a dear one. ``share=None`` allows all.
+    may not go beyond theirs: cheap measures do not starve a dear one. Steady measures have half of
+    the budget to themselves and look at nothing else, so that a training's losses are there from
+    its first steps on, whatever the monitor's beginning took. ``share=None`` allows all.
     """
 
     def __init__(self, share: float | None, clock: Callable[[], float]) -> None:
@@ -55,6 +66,7 @@ class Budget:
         self.training = self.spent = 0.0
         self.accounts: dict[str, Account] = {}
         self.steps = 0
+        self._weights = 0.0
         self._left: float | None = None
         self._entered: float | None = None
 
@@ -99,7 +111,7 @@ class Budget:
         """Seconds that may be spent now."""
         if self.share is None:
             return math.inf
-        return self.share * self.training - self.total - _RESERVE
+        return _INSIDE * self.share * self.training - self.total - _RESERVE
 
     def allows(self, name: str, estimate: float, *, first: bool = False) -> bool:
         """Whether a measurement of ``estimate`` seconds may begin; remembers those that wait."""
@@ -108,6 +120,8 @@ class Budget:
         account = self.accounts[name]
         needed = estimate * (_GUESS if first else _MARGIN)
         account.waiting = False
+        if account.steady:
+            return account.used + needed <= _STEADY * self.share * self.training
         if not needed <= self.allowance:
             # worth saving for if it will fit before the training is twice as long
             soon = not needed > 2 * self.share * self.training
@@ -119,12 +133,13 @@ class Budget:
         return True
 
     def _part(self, account: Account) -> float:
-        weights = sum(a.weight for a in self.accounts.values())
+        weights = self._weights or 1.0
         return (self.share or 0.0) * self.training * account.weight / weights
 
-    def open(self, names: Iterable[tuple[str, float]]) -> None:
-        """Accounts of the measures, by name and weight."""
-        self.accounts = {name: Account(weight) for name, weight in names}
+    def open(self, names: Iterable[tuple[str, float, bool]]) -> None:
+        """Accounts of the measures: name, weight, whether they are steady."""
+        self.accounts = {name: Account(weight, steady) for name, weight, steady in names}
+        self._weights = sum(a.weight for a in self.accounts.values() if not a.steady)
 
     def state(self) -> dict[str, Any]:
         """Plain numbers for a checkpoint."""
@@ -140,5 +155,6 @@ class Budget:
         for name, values in state["accounts"].items():
             if name in self.accounts:
                 known = {k: v for k, v in values.items() if v is not None}  # null in JSON is NaN
-                weight = self.accounts[name].weight
-                self.accounts[name] = Account(**{**known, "weight": weight})
+                mine = self.accounts[name]
+                own = {"weight": mine.weight, "steady": mine.steady}
+                self.accounts[name] = Account(**{**known, **own})

@@ -22,6 +22,7 @@ Row = dict[str, Any]
 CONTINUED = "continued"
 """Measure of the marker after which earlier records beyond its ``step`` no longer count."""
 
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 _INFINITE = {"inf": math.inf, "-inf": -math.inf}
 
 
@@ -33,12 +34,14 @@ def encode(step: int, measure: str, rows: Sequence[Mapping[str, Any]]) -> bytes:
         if len(rows) > 1:
             whole |= {"row": number, "rows": len(rows)}
         whole |= {key: _value(value) for key, value in row.items()}
-        text = json.dumps(whole, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        text = _encode(whole)
         lines.append(f'{text[:-1]},"crc":"{_checksum(text[:-1])}"}}\n')
     return "".join(lines).encode()
 
 
 def _value(value: Any) -> Any:
+    if type(value) is float and math.isfinite(value):
+        return value
     if isinstance(value, float) and math.isinf(value):
         return "inf" if value > 0 else "-inf"
     if isinstance(value, float | int | str | bool) or value is None:

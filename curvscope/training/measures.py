@@ -29,7 +29,8 @@ class Measure:
     ``name`` names its records; ``default`` is its schedule; ``weight`` its part of the budget;
     ``needs_before`` says that it compares with the moment before the step (``moment.previous``),
     on which :meth:`before` is called. ``disturbs`` is false for those that neither evaluate the
-    model nor draw random numbers.
+    model nor draw random numbers; ``steady`` is true for those that take microseconds, which have
+    half of the budget to themselves.
     """
 
     name: ClassVar[str] = ""
@@ -37,6 +38,7 @@ class Measure:
     weight: ClassVar[float] = 1.0
     needs_before: ClassVar[bool] = False
     disturbs: ClassVar[bool] = True
+    steady: ClassVar[bool] = False
 
     def take(self, moment: Moment) -> Rows:
         """The rows of the record; a row may hold ``"tensors"``, a dictionary of them."""
@@ -112,6 +114,7 @@ class Loss(Measure):
     name = "loss"
     default = Every(1)
     disturbs = False
+    steady = True
 
     def take(self, moment: Moment) -> Rows:
         """One row."""

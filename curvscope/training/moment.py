@@ -155,7 +155,7 @@ def gradient_seconds(problem: Problem, clock: Callable[[], float]) -> float:
                 torch.cuda.synchronize(problem.device)
             return clock() - start
 
-        seconds(few)  # the first call prepares what later ones find ready
+        seconds(few), seconds(many)  # first calls prepare what later ones find ready
         low, high = seconds(few), seconds(many)
     sizes = [sample_count(*item) for item in problem.data.items]
     each = max(0.0, high - low) / max(1, many - few)

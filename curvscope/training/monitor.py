@@ -123,7 +123,7 @@ class Monitor:
             keeper = SnapshotMeasure(snapshots, every)
             keeper.start(problem)
             self.measures.append((keeper, keeper.when))
-        self.budget.open((m.name, m.weight) for m, _ in self.measures)
+        self.budget.open((m.name, m.weight, m.steady) for m, _ in self.measures)
         method = str(getattr(optimizer, "method", type(optimizer).__name__))
         self.watch = Watch(default_alarms() if alarms is None else alarms, method)
         self.probe = make_probe(problem, probe, seed)
