@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import OptionError, ShapeError
 from .base import Layout, Operator, Provenance
 from .blocks import MappedBlocks
-from .numerics import chunks, unit_columns
+from .numerics import chunks, symmetric, unit_columns
 
 
 class Wrapper(Operator):
@@ -75,6 +75,11 @@ class Converted(Wrapper):
 
     def _matmat(self, vectors: Tensor) -> Tensor:
         return (self.base @ vectors).to(dtype=self.dtype, device=self.device)
+
+    def _dense(self) -> Tensor:
+        # rounding of the narrower type would pass for asymmetry in the wider one
+        matrix = symmetric(f"The {self.info.what}", self.base.dense())
+        return matrix.to(dtype=self.dtype, device=self.device)
 
     def diagonal(self) -> Tensor:
         return self.base.diagonal().to(dtype=self.dtype, device=self.device)

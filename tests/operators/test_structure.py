@@ -264,6 +264,16 @@ def test_number_types_mix_upwards() -> None:
     assert abs(inner(single, KRON) - float((single.diagonal() * KRON.diagonal()).sum())) < 1e-12
 
 
+def test_rounding_of_a_narrower_type_is_no_asymmetry_in_a_wider_one() -> None:
+    matrix = spd(4).float()
+    matrix[0, 1] *= 1 + 3e-7
+    op = FunctionOperator(lambda v: matrix @ v, 4, dtype=torch.float32, check=False)
+    wide = op.to(torch.float64)
+    assert torch.equal(wide.dense(), wide.dense().mT)
+    assert torch.allclose(wide.dense(), matrix.double(), rtol=1e-6)
+    assert torch.allclose(wide.inverse().dense() @ wide.dense(), torch.eye(4).double(), atol=1e-10)
+
+
 def test_layout_and_provenance_travel() -> None:
     layout = Layout([ParameterSpec("a", (3, 4))])
     info = Provenance("K-FAC", route="test", exact=False)
