@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..curvature.products import GGN, HESSIAN, Kind
 from ..curvature.whole import WholeOperator
+from ..display import spark
 from ..errors import BatchNormError, DataError, OptionError, check_option
 from ..modes import plain_mode
 from ..operators import Operator
@@ -80,6 +81,10 @@ class BatchSpectra(Result):
             f"{text}At worst {', '.join(errors)}. Gradient descent is stable up to a learning rate "
             f"of {limits[0]} and {limits[1]} ({self.cost})."
         )
+
+    def _pictures(self) -> list[tuple[str, str]]:
+        caption = "largest eigenvalue, by size of the batch"
+        return [(caption, spark(self.largest.tolist(), caption))]
 
     def records(self) -> list[dict[str, Any]]:
         """A row per batch size; learning rates scaled from the smallest one's limit."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from ..display import Card, Table
 from ..errors import NotDefinedError, UnknownBlockError, check_option, nearest
 from .result import Result, number
 
@@ -146,7 +147,8 @@ class ReferenceBlock:
     ``share`` is the block's part of the whole matrix's energy (squared Frobenius norm). ``best``
     maps ``"identity"`` (a multiple of it), ``"diagonal"``, ``"Kronecker"`` and
     ``"diagonal-Kronecker"`` to the relative Frobenius error of the nearest such matrix; NaN where
-    there is none, with the reason in ``reasons``.
+    there is none, with the reason in ``reasons``. ``stderr`` has the standard errors of ``norm``,
+    ``trace`` and those errors where they are estimates.
     """
 
     block: str
@@ -157,6 +159,7 @@ class ReferenceBlock:
     trace: float
     share: float = math.nan
     best: Mapping[str, float] = field(default_factory=dict)
+    stderr: Mapping[str, float] = field(default_factory=dict)
     reasons: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -289,3 +292,33 @@ class Comparison(Result):
                     text += (" Worst block: " if text else "") + worst.sentence()
             lines.append(text or f"{name}: nothing was compared.")
         return "\n".join(lines)
+
+    def _card_(self) -> Card:
+        """Errors first; every other metric and the reference's blocks behind a fold."""
+        records = self.records()
+        constant = all(row.status == "compared" for row in self.rows)
+        shown = ["block", "approximation", "size", "error", "best_in_class", "best_class"]
+        shown += ["excess", "outside", "cosine", "trace_ratio"]
+        shown += ["note"] if constant else ["status", "note"]
+        present = [name for name in shown if records and name in records[0]]
+        beside = ("error_stderr", "outside_stderr")
+        tables = [Table(records, columns=[*present, *beside], bars=("error",))]
+        others = [name for name in self.metrics if name not in present]
+        if others:
+            every = ["block", "approximation", "family", "damping", *others]
+            tables.append(
+                Table(records, columns=every, title=f"{len(others)} more metrics", folded=True)
+            )
+        best = [
+            {"block": r.block, "size": r.size, "norm": r.norm, "trace": r.trace, "share": r.share}
+            | {f"nearest {name}": value for name, value in r.best.items()}
+            for r in self.references
+        ]
+        if best:
+            title = f"The {self.reference} by block, and the error of the nearest of each class"
+            tables.append(Table(best, title=title, folded=True, where="best_frame()"))
+        return replace(
+            super()._card_(),
+            tables=tables,
+            hints=("result.plot()", "result.to_frame()", "result.details()", "cs.explore(result)"),
+        )

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..display import spark
 from ..errors import OptionError
 from ..operators import KroneckerOperator, Operator
 from .coerce import as_operator, in_float64
@@ -123,6 +124,14 @@ class Concentration(Result):
             "snr": self.snr,
             "noisy_snr": self.noisy_snr,
         }
+
+    def _pictures(self) -> list[tuple[str, str]]:
+        parts = {"": self, **self.factors} if self.eigenvalues.numel() else self.factors
+        return [
+            (caption, spark(part.eigenvalues.tolist(), caption))
+            for name, part in parts.items()
+            if (caption := f"eigenvalues{' of ' * bool(name)}{name} over the mean diagonal")
+        ]
 
     def records(self) -> list[dict[str, Any]]:
         """A record per block and factor, the matrix itself (``"(all)"``) last."""

@@ -64,7 +64,7 @@ class Cell:
     reason: str = ""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Coverage(Result):
     """Parameters (rows) against methods (columns); returned by :func:`coverage`.
 

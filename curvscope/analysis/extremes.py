@@ -16,7 +16,7 @@ _BYTES = 256 * 2**20  # for the basis
 _CLOSE = 0.01  # residual relative to the largest magnitude that counts as converged
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Extremes(Result):
     """The largest and the smallest eigenvalues of a matrix; returned by :func:`extremes`.
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..display import spark
 from ..errors import NonFiniteError, OptionError, ShapeError
 from ..operators import Operator
 from ..problem import Problem, require_problem
@@ -60,6 +61,10 @@ class LocalModel(Result):
             f"the gradient holds within a radius of {reach}"
         )
         return f"{text} ({self.cost})."
+
+    def _pictures(self) -> list[tuple[str, str]]:
+        caption = "actual over predicted decrease, by length of the step"
+        return [(caption, spark(self.ratios.tolist(), caption))]
 
     def records(self) -> list[dict[str, float]]:
         """One row per step length."""

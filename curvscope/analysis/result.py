@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import html
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..display import Card, Shown, Table
+from ..display.render import MOST_ROWS
+
 if TYPE_CHECKING:
     import pandas as pd
-
-_HTML_ROWS = 60  # longer frames are cut in a notebook
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Cost:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Result:
+class Result(Shown):
     """Base of what analyses return: a frozen record of plain numbers and CPU tensors.
 
     ``cost`` says what it took, ``settings`` holds the arguments that give it again, ``converged``
@@ -88,15 +88,32 @@ class Result:
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {self.summary()}>"
 
-    def _repr_html_(self) -> str:
-        parts = [f"<p>{html.escape(line)}</p>" for line in self.summary().splitlines()]
-        parts += [f"<p><b>Warning:</b> {html.escape(text)}</p>" for text in self.warnings]
-        frame = self.to_frame()
-        cut = len(frame) - _HTML_ROWS
-        parts.append(frame.head(_HTML_ROWS).to_html(index=False, na_rep="", border=0))
-        if cut > 0:
-            parts.append(f"<p>... and {cut} more rows in <code>to_frame()</code>.</p>")
-        return "\n".join(parts)
+    def _card_(self) -> Card:
+        rows, total = self._shown_rows(MOST_ROWS)
+        summary, cost = self.summary(), str(self.cost)
+        return Card(
+            title=type(self).__name__,
+            marks=() if self.converged else ("not converged",),
+            facts={} if cost in summary else {"cost": cost},
+            text=summary.splitlines(),
+            warnings=self.warnings,
+            pictures=self._pictures(),
+            tables=[Table(rows, total=total), *self._more_tables()],
+            hints=("result.plot()", "result.to_frame()"),
+        )
+
+    def _shown_rows(self, most: int) -> tuple[list[dict[str, Any]], int]:
+        """At most ``most`` of :meth:`records`, and how many there are."""
+        rows = self.records()
+        return rows[:most], len(rows)
+
+    def _pictures(self) -> list[tuple[str, str]]:
+        """Small pictures for a notebook: captions with elements of :mod:`curvscope.display`."""
+        return []
+
+    def _more_tables(self) -> list[Table]:
+        """Tables below the first one."""
+        return []
 
 
 def plain(value: Any) -> Any:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..display import spark
 from ..errors import NotDefinedError, OptionError
 from ..operators import Operator
 from .coerce import as_operator, in_float64
@@ -157,6 +158,11 @@ class Spectrum(Result):
             "stable_rank": self.stable_rank,
             "condition_number": self.condition_number,
         }
+
+    def _pictures(self) -> list[tuple[str, str]]:
+        sizes = self.eigenvalues.abs().sort(descending=True).values
+        caption = "magnitudes of the eigenvalues, sorted"
+        return [(caption, spark(sizes[sizes > self.tolerance].tolist(), caption))]
 
     def records(self) -> list[dict[str, Any]]:
         """A record per block, the whole matrix (``"(all)"``) last."""

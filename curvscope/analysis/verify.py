@@ -40,7 +40,7 @@ TRUST, DISTRUST, UNKNOWN = "trust", "do not trust", "unknown"
 __all__ = ["Check", "Verification", "verify"]
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Verification(Result):
     """What :func:`verify` found out about a problem.
 

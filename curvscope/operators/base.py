@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import memory
+from ..display import Card, Readable, Shown
 from ..errors import (
     NonFiniteError,
     OptionError,
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["Layout", "Operator", "ParameterSpec", "Provenance"]
 
 
-class Operator(ABC):
+class Operator(Shown, ABC):
     """A symmetric matrix ``[P, P]`` that knows how to act on vectors.
 
     Subclasses set ``shape``, ``dtype`` and ``device`` and define :meth:`_matmat`; everything else
@@ -54,6 +55,12 @@ class Operator(ABC):
 
     _stored = False  # whether tensors and operators among the attributes are the whole matrix
     __array_ufunc__ = None  # NumPy scalars leave ``scalar * operator`` to the operator
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        own = vars(cls).get("blocks")
+        if isinstance(own, property):  # so that op.blocks["... completes
+            cls.blocks = Readable(own)  # type: ignore[method-assign, assignment]
 
     # -- to be given by subclasses ---------------------------------------------------------------
 
@@ -334,6 +341,11 @@ class Operator(ABC):
                 f"{action} is not defined. Take op.blocks[...] or op.restrict(...), or treat the "
                 "missing rows as zero with op.with_uncovered('zero')."
             )
+
+    def _card_(self) -> Card:
+        from .card import operator_card
+
+        return operator_card(self)
 
     def __repr__(self) -> str:
         exact = "exact" if self.info.exact else "approximate"

@@ -2,13 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+from ..display import Card, Shown, Table
 from ..errors import UnknownBlockError, nearest
 from .base import Operator
 
 
-class Blocks(Mapping[str, Operator]):
+class BlockMapping(Shown, Mapping[str, Operator]):
+    """What mappings of blocks share: tab completion, and a table of names.
+
+    ``blocks["conv1"]`` completes after the quote, ``blocks.conv1`` after the dot where the name is
+    an identifier.
+    """
+
+    def __getattr__(self, name: str) -> Operator:
+        if not name.startswith("_") and name in self:
+            return self[name]
+        raise AttributeError(f"{type(self).__name__} has neither an attribute nor a block {name!r}")
+
+    def __dir__(self) -> Iterable[str]:
+        return [*super().__dir__(), *(name for name in self if name.isidentifier())]
+
+    def _ipython_key_completions_(self) -> list[str]:
+        return list(self)
+
+    def _card_(self) -> Card:
+        known = vars(self).get("_blocks", {})
+        rows = [
+            {
+                "block": name,
+                "matrix": repr(block) if (block := known.get(name)) else "made when asked for",
+            }
+            for name in self
+        ]
+        return Card(title=f"{len(rows)} blocks", tables=[Table(rows, where="list(blocks)")])
+
+
+class Blocks(BlockMapping):
     """Blocks by name, in order; an unknown name raises ``UnknownBlockError`` with the nearest."""
 
     def __init__(self, blocks: Mapping[str, Operator], uncovered: Sequence[str] = ()) -> None:
@@ -44,7 +75,7 @@ class Blocks(Mapping[str, Operator]):
         return f"Blocks({self._blocks!r})"
 
 
-class MappedBlocks(Mapping[str, Operator]):
+class MappedBlocks(BlockMapping):
     """Blocks made from other blocks when they are asked for, since those may be costly."""
 
     def __init__(self, names: Sequence[str], make: Callable[[str], Operator]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..display import Card, Shown
 from ..errors import (
     BatchNormError,
     DataError,
@@ -39,7 +40,7 @@ class Snapshot:
     buffers: list[Tensor]
 
 
-class Problem:
+class Problem(Shown):
     """A model, a loss and data: the objective whose curvature is asked for.
 
     The objective is ``f(theta) = (1/M) sum_m l_m``, where the ``l_m`` are the terms that the
@@ -423,6 +424,11 @@ class Problem:
                     f"Blocks: {', '.join(self.blocks)}."
                 )
         return names
+
+    def _card_(self) -> Card:
+        from .card import problem_card
+
+        return problem_card(self)
 
     def __repr__(self) -> str:
         return (

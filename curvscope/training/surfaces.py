@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..analysis.result import Cost, Result, number
+from ..display import thumbnail
 from ..errors import OptionError, TargetError
 from ..modes import plain_mode
 from ..problem import Problem, Snapshot, require_problem
@@ -65,6 +66,15 @@ class LossSurface(Result):
             f"{self.of}: the objective evaluated at {count} lies between {number(low)}, at "
             f"({number(x)}, {number(y)}), and {number(high)} ({self.cost})."
         )
+
+    def _pictures(self) -> list[tuple[str, str]]:
+        heights = self.loss - self.loss[self.finite].min() if bool(self.finite.any()) else self.loss
+        caption = "height above the lowest point"
+        return [(caption, thumbnail(heights.flip(0), caption))]
+
+    def _shown_rows(self, most: int) -> tuple[list[dict[str, Any]], int]:
+        """The first rows of a grid say little: none are shown."""
+        return [], self.loss.numel()
 
     def records(self) -> list[dict[str, float]]:
         """One row per point."""

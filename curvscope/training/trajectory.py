@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..analysis.result import Cost, Result, listing, number
+from ..display import spark
 from ..errors import UnknownBlockError, nearest
 from .paths import Path, read_paths
 from .planes import Plane, plane_of_paths
@@ -115,6 +116,13 @@ class Trajectories(Result):
                     f"{number(float(pair.angles[-1]))} degrees."
                 )
         return "\n".join(lines)
+
+    def _pictures(self) -> list[tuple[str, str]]:
+        return [
+            (caption, spark(path.from_start.tolist(), caption))
+            for path in self.paths.values()
+            if (caption := f"{path.name}: distance from the start, by snapshot")
+        ]
 
     def records(self) -> list[dict[str, Any]]:
         """One row per run and step; movement, turn and share are those that led to the step."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ...display import spark
 from ...errors import OptionError, check_option
 from ...operators import Operator
 from ..result import Cost, as_cpu, number
@@ -95,6 +96,11 @@ class Density(Estimated):
             f"{number(negative, 2)} below {number(-self.width, 2)} ({self.probes} probes of "
             f"{self.steps} steps, method {self.method!r}, {self.cost}). {self.reason}"
         ).rstrip()
+
+    def _pictures(self) -> list[tuple[str, str]]:
+        caption = f"density from {number(float(self.grid[0]))} to {number(float(self.grid[-1]))}"
+        shown = self.density.clamp_min(1e-4 * float(self.density.max()))  # the tails are endless
+        return [(caption, spark(shown.tolist(), caption))]
 
     def records(self) -> list[dict[str, Any]]:
         """A row per grid point."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ...display import spark
 from ...errors import check_option
 from ...operators import Operator
 from ...progress import track
@@ -71,6 +72,16 @@ class DiagonalEstimate(Estimated):
             f"sum {number(float(self.value.sum()))}, relative error about {number(self.error, 2)} "
             f"(method {self.method!r}, {self.cost}). {self.reason}"
         ).rstrip()
+
+    def _pictures(self) -> list[tuple[str, str]]:
+        ordered = self.value.sort(descending=True).values
+        return [("entries, sorted", spark(ordered.tolist(), "entries, sorted"))]
+
+    def _shown_rows(self, most: int) -> tuple[list[dict[str, Any]], int]:
+        """The first entries, without making records of all."""
+        part = zip(self.value[:most].tolist(), self.stderr[:most].tolist(), strict=True)
+        rows = [{"entry": k, "value": v, "stderr": e} for k, (v, e) in enumerate(part)]
+        return rows, len(self.value)
 
     def records(self) -> list[dict[str, Any]]:
         """A row per entry."""

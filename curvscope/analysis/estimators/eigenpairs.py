@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ...display import spark
 from ..result import number
 from .estimate import Estimated
 
@@ -37,6 +38,9 @@ class Eigenpairs(Estimated):
             f"{number(float(self.residuals.max()), 2)} (method {self.method!r}, {self.cost}). "
             f"{self.reason}"
         ).rstrip()
+
+    def _pictures(self) -> list[tuple[str, str]]:
+        return [("eigenvalues", spark(self.values.tolist(), "eigenvalues"))]
 
     def records(self) -> list[dict[str, Any]]:
         """A row per pair."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...display import spark
 from ..result import Result, number
 
 
@@ -73,6 +74,10 @@ class Estimate(Estimated):
             f"{100 * self.confidence:g} % confidence (method {self.method!r}, {self.cost}). "
             f"{self.reason}"
         ).rstrip()
+
+    def _pictures(self) -> list[tuple[str, str]]:
+        caption = f"{self.samples.numel()} probes"
+        return [(caption, spark(self.samples.flatten().tolist(), caption))]
 
     def records(self) -> list[dict[str, Any]]:
         """One row."""
