@@ -23,7 +23,8 @@ _ELSEWHERE = {
 }
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 _ROLE = re.compile(r":(?:func|class|meth|mod|data|attr):<code>~?([\w.]+)</code>")
-_REST = re.compile(r"^<!-- all (other names|classes) of curvscope\.(\w+) -->$", re.MULTILINE)
+_REST = re.compile(r"^<!-- all (other names|classes) of curvscope\.([\w.]+) -->$", re.MULTILINE)
+_NAMED = re.compile(r"^::: (\S+)", re.MULTILINE)
 _LINK = re.compile(r"(\]\()((?:\.\./)*)([\w./-]+)(#[\w-]+)?\)")
 
 
@@ -50,7 +51,7 @@ def on_files(files: Files, *, config: Any) -> Files:
 def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Files) -> str:
     """Links that hold in the repository hold in the site."""
     here = page.file.src_uri
-    markdown = _REST.sub(_rest, markdown)
+    markdown = _NAMED.sub(lambda m: f"::: {unambiguous(m[1])}", _REST.sub(_rest, markdown))
     sources = {page: source for source, page in _ELSEWHERE.items()}
     outside = here.startswith(("benchmarks/", "notebooks/"))
     place = sources.get(here, here if outside else f"docs/{here}")
@@ -123,25 +124,35 @@ def canonical(name: str) -> str:
     first, _, rest = name.removeprefix("curvscope.").partition(".")
     if first not in _PUBLIC:
         return name
-    path = f"curvscope.{_PUBLIC[first]}.{first}"
+    path = unambiguous(f"curvscope.{_PUBLIC[first]}.{first}")
     return f"{path}.{rest}" if rest else path
+
+
+def unambiguous(path: str) -> str:
+    """The path of a function that is called like the module in which it is."""
+    *package, name = path.split(".")
+    files = {file.name for file in ROOT.joinpath(*package).glob("*.py")}
+    return f"{path}.{name}" if f"{name}.py" in files and len(package) > 1 else path
 
 
 def _rest(match: re.Match[str]) -> str:
     """The public names (or classes) of a package that no page of the reference has by hand."""
     classes, package = match[1] == "classes", match[2]
     pages = (ROOT / "docs" / "reference").glob("*.md")
-    named = set(re.findall(r"^::: (\S+)", "".join(p.read_text("utf-8") for p in pages), re.M))
+    text = "".join(page.read_text("utf-8") for page in pages)
+    named = set(_NAMED.findall(text))
+    apart = f"<!-- all classes of curvscope.{package} -->" in text and not classes
     names = [name for name, where in _PUBLIC.items() if where == package]
-    if classes or package == "training":
-        init = ROOT / "curvscope" / package / "__init__.py"
-        names += _assigned(init, "__all__")
-    wanted = [n for n in dict.fromkeys(names) if not classes or n[0].isupper()]
+    folder = ROOT.joinpath("curvscope", *package.split("."))
+    names += _assigned(folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py"))
+    names = list(dict.fromkeys(names))
+    wanted = [n for n in names if not (classes or apart) or n[0].isupper() is classes]
     paths = [f"curvscope.{package}.{name}" for name in wanted]
-    return "\n\n".join(f"::: {path}" for path in paths if path not in named)
+    options = "\n    options:\n      heading_level: 3" if "." in package else ""
+    return "\n\n".join(f"::: {path}{options}" for path in paths if path not in named)
 
 
-def _assigned(path: Path, name: str) -> Any:
+def _assigned(path: Path, name: str = "__all__") -> Any:
     """What a module assigns to a name, read from its source: building needs no torch."""
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
