@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import CurvscopeError
-from .pairs import Moments, Quantity, Value
+from .quantity import Moments, Quantity, Value
 
 
 class Book:

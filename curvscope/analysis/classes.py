@@ -10,14 +10,16 @@ from ..errors import NotDefinedError, ShapeError
 from ..operators import BlockDiagonalOperator, LowRankOperator, MatrixView, Operator
 from ..operators.eigenbasis import kronecker_eigenvalue_correction
 from ..operators.nearest import best_diagonal_kronecker, best_kronecker
-from .facts import Facts
-from .pairs import Quantity, add
+from .facts import Facts, TooLargeError
+from .quantity import Quantity, add
 from .structure import eigen_form, family
 
 CLASSES = ("identity", "diagonal", "Kronecker", "diagonal-Kronecker")
 """Classes whose nearest member is known for every weight matrix."""
 
 _CLOSE = 1e-6  # relative squared distance below which differences of squares have cancelled
+_ITERATED = 60  # rank up to which leading eigenvalues are iterated for
+_LOOSE = 1e-2  # relative residual above which they are not known
 _TOL = 1e-10  # of the nearest Kronecker product
 
 
@@ -75,8 +77,8 @@ class Nearest:
 
     @property
     def energy(self) -> Quantity:
-        """``||R||_F^2``."""
-        return self.reference.norm2
+        """``||R||_F^2``, or samples of it."""
+        return self.reference.energy
 
     def gap(self, name: str, view: MatrixView | None = None) -> Quantity:
         """For a class of :data:`CLASSES`. Raises ``NotDefinedError`` where it has no meaning."""
@@ -93,8 +95,13 @@ class Nearest:
         return self._kept[key]
 
     def _gap(self, name: str, view: MatrixView | None) -> Quantity:
-        if not self.reference.known:
-            raise self.reference.too_large("The nearest member of a class")
+        reference = self.reference
+        if not reference.known:
+            if name == "identity":
+                return add(reference.energy, -reference.squared_trace / reference.size)
+            if name == "diagonal":
+                return add(reference.energy, -reference.diagonal_energy)
+            raise reference.too_large(f"The nearest {name} matrix")
         return GAPS[name](self.reference, view)
 
     def of(self, op: Operator) -> tuple[str, Quantity]:
@@ -113,9 +120,24 @@ class Nearest:
         if name == "Kronecker-eigenbasis":
             return name, self._in_basis(op)
         if isinstance(op, LowRankOperator):
-            values = self.reference.eigenvalues.abs().sort(descending=True).values
-            return f"rank-{op.rank}", _square(values[op.rank :])
+            return f"rank-{op.rank}", self._beside_leading(op.rank)
         raise NotDefinedError(f"The nearest {name} matrix is not known in closed form.")
+
+    def _beside_leading(self, rank: int) -> Quantity:
+        """Energy of all but the leading eigenvalues."""
+        reference = self.reference
+        try:
+            values = reference.eigenvalues.abs().sort(descending=True).values
+        except TooLargeError:
+            if rank > _ITERATED:
+                raise
+            values, _, residuals = reference.leading(rank)
+            if float(residuals.max()) > _LOOSE * float(values.abs().max()):
+                raise reference.too_large(
+                    f"The {rank} leading eigenvalues", "Raise budget= for an estimate."
+                ) from None
+            return add(reference.energy, -_square(values))
+        return _square(values[rank:])
 
     def _in_basis(self, op: Operator) -> float:
         form = eigen_form(op)

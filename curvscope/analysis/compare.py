@@ -14,12 +14,12 @@ from ..errors import OptionError, ParameterMismatchError, ShapeError, check_opti
 from ..operators import Operator
 from ..progress import track
 from .align import align, partition
-from .comparison import Comparison
+from .comparison import Comparison, place
 from .facts import Limits, affordable_rows
 from .job import Job
 from .metrics import METRICS
 from .remarks import remarks
-from .result import Cost
+from .result import Cost, listing
 from .structure import is_structured
 
 _BUDGET = 100
@@ -39,6 +39,7 @@ def compare(
     memory: int | None = None,
     metrics: Sequence[str] | None = None,
     best_in_class: bool = True,
+    method: str = "auto",
 ) -> Comparison:
     """Compare approximations with a reference: a row per block and approximation.
 
@@ -48,8 +49,11 @@ def compare(
     energy outside its diagonal blocks. What is not defined is NaN, with the reason.
 
     Numbers are exact where matrices fit the memory budget or have a structure that gives them
-    (Kronecker products, low rank, the factored forms of a layer); the whole of a large matrix that
-    is known by its products only is estimated with random probes and standard errors.
+    (Kronecker products, low rank, the factored forms of a layer). Of a block or a whole that is too
+    large and known by its products only, every metric is estimated: sums with random probes and
+    standard errors, leading eigenvectors, norms and condition numbers by Lanczos iteration with
+    bounds on how far they may be off, all eigenvalues by Lanczos quadrature, ranks of the diagonal
+    on rows drawn at random. What products do not give is NaN, with the reason.
 
     Parameters
     ----------
@@ -67,7 +71,8 @@ def compare(
         Relative standard error at which probing for the norm of a large matrix stops.
     budget
         Most products with such a matrix for one estimate (default 100; at least 8). A whole matrix
-        with more rows than a budget that is given is not formed from its products.
+        with more rows than a budget that is given is not formed from its products. All estimates
+        together take about five times as many.
     seed
         Seed of the probes.
     blocks
@@ -77,10 +82,14 @@ def compare(
         Bytes that may be used for forming matrices. By default a quarter of what is available, and
         no matrix of more than 3,000 rows.
     metrics
-        Names of the metrics to compute. By default all, but of structured matrices with more than
-        200,000 rows none that iterates.
+        Names of the metrics to compute. By default all, but of matrices with more than 200,000
+        rows none that iterates (eigenvectors, norms, spectra, ranks).
     best_in_class
         Whether to find the nearest member of each class.
+    method
+        ``"auto"`` decides by size and structure; ``"estimated"`` forms nothing, takes the reference
+        as known by its products only and computes every metric, of any size; ``"exact"`` forms
+        whatever fits the memory of the machine.
 
     Raises
     ------
@@ -100,26 +109,30 @@ def compare(
     reference, others = align(reference, approximations)
     chosen = _chosen(metrics)
     _check(tol, budget)
+    check_option("method", method, ("auto", "estimated", "exact"))
+    rows = {"estimated": 0, "exact": reference.shape[0]}
     limits = Limits(
-        rows=affordable_rows(memory, reference.device),
+        rows=rows.get(method, affordable_rows(memory, reference.device)),
         products=_BUDGET if budget is None else budget,
         tol=tol,
         seed=seed,
+        thorough=metrics is not None or method == "estimated",
+        by_products=method == "estimated",
     )
     vector = _gradient(gradient, reference)
     members, with_whole = partition(reference, others, blocks)
-    thorough = metrics is not None
-    job = Job(reference, others, vector, damping, chosen, limits, best_in_class, thorough)
+    job = Job(reference, others, vector, damping, chosen, limits, best_in_class)
     for name, names in track(list(members.items()), "Comparing blocks"):
         job.block(name, names)
     if with_whole:
         form = budget is None or budget >= reference.shape[0] or is_structured(reference)
-        job.whole(form)
+        job.whole(form or method == "exact")
     warnings = remarks(reference, others, job.rows)
-    if not job.converged:
+    if job.noisy:
+        where = listing([place(name) for name in job.noisy])
         warnings.append(
-            f"The norm of the whole matrix is not known to tol={tol}; raise budget above "
-            f"{limits.products} products."
+            f"The norm of {where} is not known to tol={tol}; raise budget above {limits.products} "
+            "products."
         )
     return Comparison(
         reference=reference.info.what,
@@ -139,10 +152,11 @@ def compare(
             "memory": memory,
             "rows_formed": limits.rows,
             "best_in_class": best_in_class,
+            "method": method,
             "reference": dict(reference.info.settings),
             "approximations": {name: dict(op.info.settings) for name, op in others.items()},
         },
-        converged=job.converged,
+        converged=not job.noisy,
         warnings=tuple(warnings),
     )
 

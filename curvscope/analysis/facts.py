@@ -15,7 +15,10 @@ from ..operators import DenseOperator, EigenKroneckerOperator, Operator
 from ..operators.numerics import log_determinant
 from .coerce import in_float64
 from .gram_form import GramForm
-from .lanczos import leading_by_products, leading_of_dense
+from .lanczos import leading_of_dense
+from .probes import Probes, squared_trace
+from .quantity import Quantity, Value
+from .spectrum import condition_of
 from .structure import (
     as_numpy,
     eigen_form,
@@ -24,13 +27,20 @@ from .structure import (
     is_structured,
     leading_by_structure,
 )
+from .unformed import (
+    SpectralSamples,
+    bounded_condition,
+    bounded_norm,
+    outer_pairs,
+    rows_of_diagonal,
+)
 
 _ROWS = 3000  # beyond, O(d^3) takes more than a few seconds
 _COPIES = 6  # matrices of one size that a comparison holds at its peak
 _STEPS = 500  # of conjugate gradients with a structured matrix
-_LEADING_TOL = 1e-3  # relative residual of leading eigenpairs by products
 _UNSOLVED = 1e-2  # relative residual above which a solution is none
 _ALLOW = "Pass a larger memory= (and, for a whole matrix, budget=) to allow it."
+_ITERATED = 200_000  # rows beyond which a metric that iterates must be asked for
 _SOLVED = 1e-10  # relative residual of conjugate gradients
 
 
@@ -44,12 +54,16 @@ class Limits:
 
     Matrices of up to ``rows`` rows are formed. Of one known by its products only, up to
     ``products`` are taken for an estimate, or fewer once its relative standard error is ``tol``.
+    Matrices of more than 200,000 rows are iterated on only if the comparison is ``thorough``.
+    ``by_products`` ignores the structure of references.
     """
 
     rows: int
     products: int = 100
     tol: float | None = None
     seed: int = 0
+    thorough: bool = False
+    by_products: bool = False
 
 
 def affordable_rows(budget: int | None, device: torch.device | str = "cpu") -> int:
@@ -63,20 +77,22 @@ def affordable_rows(budget: int | None, device: torch.device | str = "cpu") -> i
 class Facts:
     """One matrix within a comparison. Raises :class:`TooLargeError` for what it cannot afford."""
 
-    def __init__(self, op: Operator, limits: Limits) -> None:
+    def __init__(self, op: Operator, limits: Limits, *, by_products: bool = False) -> None:
         self.given = op
         self.op = in_float64(op)
         self.limits = limits
         self.size = op.shape[0]
         self.small = self.size <= limits.rows
-        self.structured = is_structured(op)
+        self.structured = is_structured(op) and not by_products
         self.known = self.small or self.structured
         self.products = 0
-        self.gram = None if self.small else GramForm.of(self.op, limits.rows)
+        self.partner: Facts | None = None  # whose probes these are to be like
+        use_gram = not (self.small or by_products)
+        self.gram = GramForm.of(self.op, limits.rows) if use_gram else None
         self._dense: Tensor | None = None
         self._formed: DenseOperator | None = None
         self._solved: dict[float, tuple[Tensor, float]] = {}
-        self._leading: dict[int, tuple[Tensor, Tensor, float]] = {}
+        self._leading: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     @property
     def name(self) -> str:
@@ -129,8 +145,10 @@ class Facts:
         self._solved.clear()
         self._leading.clear()
         self.op = in_float64(self.given)
-        for name in ("eigen", "eigenvalues"):
+        for name in ("eigen", "eigenvalues", "eigenvalues_or_samples"):
             vars(self).pop(name, None)
+        if "probes" in vars(self):
+            self.probes.release()
 
     def matmat(self, vectors: Tensor) -> Tensor:
         """Product with ``[P, k]``, counted where the matrix is known by its products only."""
@@ -140,6 +158,23 @@ class Facts:
 
     def matvec(self, vector: Tensor) -> Tensor:
         return self.matmat(vector.unsqueeze(1)).squeeze(1)
+
+    def count(self, products: int) -> None:
+        """Note products that an estimator has taken."""
+        if not self.structured and self._dense is None:
+            self.products += products
+
+    def may_iterate(self) -> None:
+        """Refuse to iterate on a very large matrix unless that was asked for."""
+        if self.size > _ITERATED and not (self.small or self.limits.thorough):
+            raise self.too_large(
+                "This number", "Iterating takes time: ask by name, metrics=[...], for an estimate."
+            )
+
+    @cached_property
+    def probes(self) -> Probes:
+        """Random vectors and their products."""
+        return Probes(self, count=self.partner.probes.count if self.partner else None)
 
     # -- sums ------------------------------------------------------------------------------------
 
@@ -169,6 +204,37 @@ class Facts:
             raise self.too_large("The diagonal", "Use cs.diagonal(op), which estimates it.")
         return self.op.diagonal().to(torch.float64)
 
+    @property
+    def energy(self) -> Quantity:
+        """Squared Frobenius norm, or samples of it."""
+        return self.norm2 if self.known else self.probes.squares
+
+    @property
+    def traces(self) -> Quantity:
+        """Trace, or samples of it (Hutchinson)."""
+        try:
+            return self.trace
+        except TooLargeError:
+            return self.probes.traces
+
+    @property
+    def squared_trace(self) -> Quantity:
+        """Squared trace, or samples of it."""
+        return squared_trace(self.traces)
+
+    @property
+    def diagonal_energy(self) -> Quantity:
+        """Squared length of the diagonal, or samples of it."""
+        try:
+            return float(self.diagonal.square().sum())
+        except TooLargeError:
+            return self.probes.diagonals.energy
+
+    @cached_property
+    def diagonal_rows(self) -> tuple[Tensor, Tensor]:
+        """Some rows, drawn at random, and the entries of the diagonal there."""
+        return rows_of_diagonal(self)
+
     # -- spectrum --------------------------------------------------------------------------------
 
     @cached_property
@@ -176,7 +242,7 @@ class Facts:
         """All eigenvalues ``[P]``, ascending."""
         if self.gram is not None:
             return self.gram.eigenvalues
-        if self.eigen is not None:
+        if self.known and self.eigen is not None:
             return self.eigen.eigenvalues().to(torch.float64)
         rows = eigen_rows(self.op)
         if rows < self.size and rows <= max(self.limits.rows, _ROWS) and self.structured:
@@ -192,44 +258,65 @@ class Facts:
         return self.size * eps * float(self.eigenvalues.abs().max())
 
     @cached_property
+    def eigenvalues_or_samples(self) -> Tensor | SpectralSamples:
+        """All eigenvalues, or samples of their distribution."""
+        try:
+            return self.eigenvalues
+        except TooLargeError:
+            self.may_iterate()
+            return SpectralSamples(self)
+
+    @cached_property
     def spectral_norm(self) -> tuple[float, float]:
-        """Largest magnitude of an eigenvalue, and the residual where it was iterated."""
+        """Largest magnitude of an eigenvalue, and how much larger it may be."""
         try:
             return float(self.eigenvalues.abs().max()), 0.0
         except TooLargeError:
-            values, _, residuals = leading_by_products(
-                self.matvec, self.size, device=self.op.device
-            )
-            return float(values.abs()[0]), float(residuals[0])
+            self.may_iterate()
+            found = bounded_norm(self)
+            return found.value, found.stderr
 
-    def leading(self, count: int) -> tuple[Tensor, Tensor, float]:
+    def condition(self, damping: float) -> Value:
+        """Condition number under damping, and how much larger it may be."""
+        try:
+            values = self.eigenvalues
+        except TooLargeError:
+            self.may_iterate()
+            return bounded_condition(self, damping)
+        return Value(condition_of(values, damping, self.tolerance), 0.0, self.method)
+
+    def leading(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """The ``count`` eigenvalues of largest magnitude, their vectors ``[P, count]``, and the
-        largest residual where they were iterated, relative to the largest eigenvalue."""
+        norms of the residuals, zero where they are known directly."""
         if count not in self._leading:
-            values, vectors, residual = self._leading_pairs(count)
-            self._leading[count] = values.to(torch.float64), vectors.to(torch.float64), residual
+            values, vectors, residuals = self._leading_pairs(count)
+            self._leading[count] = values.to(torch.float64), vectors.to(torch.float64), residuals
         return self._leading[count]
 
-    def _leading_pairs(self, count: int) -> tuple[Tensor, Tensor, float]:
-        found = leading_by_structure(self.eigen or self.op, count)
+    def _leading_pairs(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        found = None
+        if self.small or self.structured:
+            found = leading_by_structure(self.eigen or self.op, count)
         if found is None and self.gram is not None:
             found = self.gram.leading(count)
         if found is None and self.small:
             found = leading_of_dense(self.dense, count)
         if found is not None:
-            return *found, 0.0
-        if not self.known:
-            raise self.too_large("Leading eigenvectors", "Use cs.eigsh(op, k).")
-        values, vectors, residuals = leading_by_products(
-            self.matvec, self.size, count, device=self.op.device, tol=_LEADING_TOL
-        )
-        return values, vectors, float(residuals.max() / values.abs().max())
+            return *found, torch.zeros(len(found[0]), dtype=torch.float64)
+        self.may_iterate()
+        return outer_pairs(self, count)
 
     # -- damped ----------------------------------------------------------------------------------
 
-    def logdet(self, damping: float) -> float:
-        """``log det(M + damping I)``; raises ``NotDefinedError`` unless positive definite."""
-        return log_determinant(self.eigenvalues, damping, self.name, dim=self.size)
+    def logdet(self, damping: float) -> tuple[Quantity, float]:
+        """``log det(M + damping I)`` or samples of it, and the bias that these may have.
+
+        Raises ``NotDefinedError`` unless it is positive definite.
+        """
+        known = self.eigenvalues_or_samples
+        if isinstance(known, SpectralSamples):
+            return known.logdet(damping)
+        return log_determinant(known, damping, self.name, dim=self.size), 0.0
 
     @cached_property
     def eigen(self) -> EigenKroneckerOperator | None:
@@ -238,9 +325,9 @@ class Facts:
 
     def inverse(self, damping: float) -> Operator:
         """``(M + damping I)^-1`` where that is affordable."""
-        if self.eigen is not None:
+        if self.known and self.eigen is not None:
             return self.eigen.inverse(damping)
-        if has_inverse_form(self.op):
+        if self.known and has_inverse_form(self.op):
             return self.op.inverse(damping)
         if not self.small:
             raise self.too_large("The inverse")
@@ -253,7 +340,7 @@ class Facts:
         large; ``NotDefinedError`` where they meet negative curvature.
         """
         if damping not in self._solved:
-            if self.small or has_inverse_form(self.op):
+            if self.small or (self.structured and has_inverse_form(self.op)):
                 found = (self.inverse(damping) @ vector).to(torch.float64), 0.0
             elif self.gram is not None:
                 found = self.gram.solve(vector, damping), 0.0

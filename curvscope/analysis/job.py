@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import Tensor
@@ -16,7 +16,8 @@ from .classes import CLASSES, Nearest
 from .comparison import WHOLE, ReferenceBlock, Row
 from .facts import Facts, Limits
 from .metrics import METRICS
-from .pairs import Moments, Pair, Probes, Value
+from .pairs import Pair
+from .quantity import Value, estimate, jackknife
 from .structure import family
 from .whole import WholeFacts, WholeNearest, WholePair, inside_blocks
 
@@ -35,11 +36,10 @@ class Job:
         metrics: tuple[str, ...],
         limits: Limits,
         best_in_class: bool,
-        thorough: bool,
     ) -> None:
         self.reference, self.others = reference, others
         self.gradient, self.metrics, self.limits = gradient, metrics, limits
-        self.best_in_class, self.thorough = best_in_class, thorough
+        self.best_in_class = best_in_class
         self.damping = damping
         for name, op in others.items():
             damping_of(op, name, damping)  # refused before anything is computed
@@ -50,7 +50,7 @@ class Job:
         self.pairs: dict[str, list[Pair | None]] = {name: [] for name in others}
         self.failed: set[str] = set()
         self.products = 0
-        self.converged = True
+        self.noisy: list[str] = []  # blocks whose norm is not known to the tolerance
 
     # -- one block -------------------------------------------------------------------------------
 
@@ -63,16 +63,16 @@ class Job:
             for other in self.others:
                 self.rows.append(Row(name, other, "uncovered", size, note=note))
             return
-        facts = Facts(found.op, self.limits)
+        facts = Facts(found.op, self.limits, by_products=self.limits.by_products)
         nearest = Nearest(facts)
-        probes = once(lambda: Probes(facts))
         vector = self._part_of_gradient(members)
         for other, op in self.others.items():
-            self._compare_block(name, members, other, op, facts, nearest, probes, vector)
+            self._compare_block(name, members, other, op, facts, nearest, vector)
         self.references.append(self._describe(name, facts, nearest, found.op))
         self.parts.append((members, facts))
         self.nearest[members] = nearest
         self.products += facts.products
+        self._check_tolerance(name, facts)
         for pairs in self.pairs.values():
             if pairs and pairs[-1] is not None:
                 pairs[-1].release()
@@ -92,7 +92,6 @@ class Job:
         op: Operator,
         facts: Facts,
         nearest: Nearest,
-        probes: Callable[[], Probes],
         vector: Tensor | None,
     ) -> None:
         try:
@@ -114,8 +113,6 @@ class Job:
             damping=damping,
             already_damped=inside,
             gradient=vector,
-            probes=probes,
-            thorough=self.thorough,
         )
         self.pairs[other].append(pair)
         self.rows.append(self._row(name, other, pair, nearest, found))
@@ -140,7 +137,7 @@ class Job:
         self.references.append(self._describe(WHOLE, facts, nearest, found.op))
         self._shares(facts)
         self.products += facts.products
-        self._check_tolerance(facts)
+        self._check_tolerance(WHOLE, facts)
 
     def _compare_whole(
         self, other: str, op: Operator, facts: WholeFacts, nearest: WholeNearest
@@ -157,15 +154,13 @@ class Job:
             damping=damping,
             already_damped=inside,
             gradient=self.gradient,
-            thorough=self.thorough,
         )
         self.rows.append(self._row(WHOLE, other, pair, nearest, found, outside=facts))
         pair.release()
 
     def _shares(self, facts: WholeFacts) -> None:
         """Each block's share of the whole energy."""
-        energy = facts.energy
-        total = float(energy.mean()) if isinstance(energy, Tensor) else energy
+        total = estimate(facts.energy).value
         if total:
             self.references = [
                 ref if ref.block == WHOLE else replace(ref, share=ref.norm**2 / total)
@@ -173,12 +168,13 @@ class Job:
             ]
             self.references[-1] = replace(self.references[-1], share=1.0)
 
-    def _check_tolerance(self, facts: WholeFacts) -> None:
+    def _check_tolerance(self, name: str, facts: Facts) -> None:
         tol = self.limits.tol
-        if tol is None or not isinstance(facts.energy, Tensor):
+        if tol is None or facts.known or "probes" not in vars(facts):
             return
-        found = Moments(facts.energy, 0.0, 0.0, 0.0, "").apply(lambda rr, *_: rr)
-        self.converged = found.stderr <= tol * found.value
+        found = estimate(facts.energy)
+        if found.stderr > tol * found.value:
+            self.noisy.append(name)
 
     # -- rows ------------------------------------------------------------------------------------
 
@@ -232,8 +228,12 @@ class Job:
         elif least <= _NO_BEST:
             book.refuse("excess", "The class contains the reference: the best error is 0.")
         else:
-            spread = book.stderr.get("error", 0.0) / least
-            book.put("excess", Value(error / least, spread, book.method["best_in_class"]))
+            spread = math.hypot(
+                book.stderr.get("error", 0.0) / least,
+                error * book.stderr.get("best_in_class", 0.0) / least**2,
+            )
+            how = "estimated" if spread else book.method["best_in_class"]
+            book.put("excess", Value(error / least, spread, how))
         return names[0] if names else None
 
     def _enter_outside(self, book: Book, whole: WholeFacts) -> None:
@@ -244,6 +244,7 @@ class Job:
 
     def _describe(self, name: str, facts: Facts, nearest: Nearest, op: Operator) -> ReferenceBlock:
         best: dict[str, float] = {}
+        stderr: dict[str, float] = {}
         reasons: dict[str, str] = {}
         for kind in CLASSES if self.best_in_class else ():
             if name == WHOLE and "Kronecker" in kind and op.view is None:
@@ -255,10 +256,11 @@ class Job:
 
             book.enter(kind, gap, None)
             best[kind] = book.values[kind]
+            stderr |= book.stderr
             reasons |= book.reasons
         numbers = Book()
         numbers.enter("norm", lambda _: root(nearest.energy), None)
-        numbers.enter("trace", lambda _: facts.trace, None)
+        numbers.enter("trace", lambda _: jackknife(lambda t: t, facts.traces), None)
         return ReferenceBlock(
             block=name,
             size=facts.size,
@@ -267,6 +269,7 @@ class Job:
             norm=numbers.values["norm"],
             trace=numbers.values["trace"],
             best=best,
+            stderr=stderr | numbers.stderr,
             reasons=reasons | numbers.reasons,
         )
 
@@ -274,15 +277,3 @@ class Job:
         if self.gradient is None or self.reference.layout is None:
             return self.gradient
         return self.gradient[self.reference.layout.index(members).to(self.gradient.device)]
-
-
-def once(make: Callable[[], Probes]) -> Callable[[], Probes]:
-    """Probes that are drawn when first asked for."""
-    kept: list[Probes] = []
-
-    def get() -> Probes:
-        if not kept:
-            kept.append(make())
-        return kept[0]
-
-    return get

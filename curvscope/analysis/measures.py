@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
+import torch
+from scipy.stats import rankdata
 from torch import Tensor
 
 from ..errors import NotDefinedError
+from ..operators import Operator
 from .facts import Facts, TooLargeError
-from .pairs import Pair, Value
-from .spectrum import condition_of
+from .pairs import Pair
+from .probes import sampling_error
+from .quantity import Quantity, Value, jackknife, less_noisy, product_of_means
 from .structure import as_numpy
+from .unformed import of_spectra
 
 _LEADING = 10  # eigenvectors compared
+_VISIBLE = 3.0  # standard errors that a divisor must be away from zero
 _CONSTANT = 1e-12  # relative spread of a diagonal that is all one number
 
 
@@ -49,33 +56,119 @@ def need_definite(facts: Facts, damping: float) -> None:
         )
 
 
-def affordable(pair: Pair) -> None:
-    """Refuse matrices that are large and known by their products only."""
-    for facts in (pair.reference, pair.approximation):
-        if not facts.known:
-            raise facts.too_large("The leading spectrum", "Use cs.eigsh(op, k).")
+def trace_ratio(pair: Pair) -> Value:
+    """``tr B / tr R``, of matrices known by products from the same probes."""
+    below, above = pair.reference.traces, pair.approximation.traces
+    found = jackknife(lambda r: r, below, method=pair.method)
+    floor = 1e-14 * math.sqrt(pair.size) * norm(pair.reference)
+    if abs(found.value) <= max(floor, _VISIBLE * found.stderr):
+        shown = f" within its error ({found.value:.3g} ± {found.stderr:.2g})" * bool(found.stderr)
+        raise NotDefinedError(f"The trace of the {pair.reference.name} is zero{shown}.")
+
+    def divided(r: float, b: float) -> float:
+        return b / r if r else math.nan
+
+    def ratio(numerator: Quantity) -> Value:
+        return jackknife(divided, below, numerator, method=pair.method)
+
+    if isinstance(below, Tensor) and not isinstance(above, Tensor):
+        return less_noisy(ratio(above), ratio(pair.sampled_traces))  # noise that both share cancels
+    return ratio(above)
 
 
-def trace(facts: Facts, pair: Pair) -> Value:
-    """Trace, of a large reference estimated with the probes."""
-    try:
-        return Value(facts.trace, 0.0, facts.method)
-    except TooLargeError:
-        if facts is not pair.reference:
-            raise
-        return pair.probes.trace
-
-
-def diagonals(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
-    """Both diagonals; refuses a constant one, whose correlations are not defined."""
+def diagonals(pair: Pair) -> tuple[np.ndarray, np.ndarray] | None:
+    """Both diagonals, ``None`` if one has to be estimated; refuses a constant one."""
     found = []
     for facts in (pair.reference, pair.approximation):
-        diagonal = as_numpy(facts.diagonal)
-        spread = float(np.ptp(diagonal)) if diagonal.size else 0.0
-        if spread <= _CONSTANT * float(np.abs(diagonal).max(initial=0.0)):
-            raise NotDefinedError(f"The diagonal of the {facts.name} is constant.")
+        try:
+            diagonal = as_numpy(facts.diagonal)
+        except TooLargeError:
+            continue
+        require_spread(facts, diagonal)
         found.append(diagonal)
-    return found[0], found[1]
+    return (found[0], found[1]) if len(found) == 2 else None
+
+
+def require_spread(facts: Facts, diagonal: np.ndarray) -> None:
+    """Refuse a constant diagonal, whose correlations are not defined."""
+    spread = float(np.ptp(diagonal)) if diagonal.size else 0.0
+    if spread <= _CONSTANT * float(np.abs(diagonal).max(initial=0.0)):
+        raise NotDefinedError(f"The diagonal of the {facts.name} is constant.")
+
+
+def estimated_correlation(pair: Pair) -> Value:
+    """Pearson correlation of diagonals of which one at least is known by samples only.
+
+    Variances and covariance are estimated without the bias that the noise of the samples has, so
+    that noise does not make the correlation smaller.
+    """
+    size, parts = pair.size, []
+    for facts in (pair.reference, pair.approximation):
+        parts += [facts.diagonal_energy, facts.squared_trace]
+    left, right = pair.reference.traces, pair.approximation.traces
+    overlap = _overlap(pair)
+    both: Quantity
+    if isinstance(left, Tensor) and isinstance(right, Tensor):
+        ours, theirs = left.sum(), right.sum()
+        both = product_of_means(float(ours * theirs), left * theirs, right * ours, left * right)
+    else:
+        both = left * right
+
+    def correlation(rr: float, r2: float, bb: float, b2: float, rb: float, tt: float) -> float:
+        spread = (rr - r2 / size) * (bb - b2 / size)
+        return (rb - tt / size) / math.sqrt(spread) if spread > 0 and rr > r2 / size else math.nan
+
+    found = jackknife(correlation, *parts, overlap, both)
+    if math.isnan(found.value):
+        raise NotDefinedError(
+            f"The diagonal of the {pair.reference.name} is lost in the noise of "
+            f"{pair.probes.count} probes. Raise budget= and set tol=."
+        )
+    return Value(min(1.0, max(-1.0, found.value)), found.stderr, "estimated")
+
+
+def _overlap(pair: Pair) -> Quantity:
+    """Inner product of the diagonals."""
+    known: list[Tensor | None] = []
+    for facts in (pair.reference, pair.approximation):
+        try:
+            known.append(facts.diagonal)
+        except TooLargeError:
+            known.append(None)
+    left, right = known
+    if left is not None and right is not None:
+        return float(left @ right.to(left))
+    if right is not None:
+        return pair.reference.probes.diagonals.dots(right)
+    if left is not None:
+        return pair.approximation.probes.diagonals.dots(left)
+    return pair.reference.probes.diagonals.times(pair.approximation.probes.diagonals)
+
+
+def estimated_rank_correlation(pair: Pair) -> Value:
+    """Spearman correlation over some rows drawn at random, the same for both matrices."""
+    sides = []
+    for facts in (pair.reference, pair.approximation):
+        try:
+            diagonal = as_numpy(facts.diagonal)
+        except TooLargeError:
+            facts.may_iterate()
+            diagonal = None
+        sides.append(diagonal)
+    chosen = (pair.reference if sides[0] is None else pair.approximation).diagonal_rows[0].numpy()
+    values = [
+        as_numpy(facts.diagonal_rows[1]) if side is None else side[chosen]
+        for facts, side in zip((pair.reference, pair.approximation), sides)
+    ]
+    for facts, diagonal in zip((pair.reference, pair.approximation), values):
+        require_spread(facts, diagonal)
+    value = pearson(rankdata(values[0]), rankdata(values[1]))
+    count = len(chosen)
+    if count == pair.size:
+        return Value(value, 0.0, "exact")
+    keep = ~np.eye(count, dtype=bool)
+    left_out = [pearson(rankdata(values[0][k]), rankdata(values[1][k])) for k in keep]
+    return Value(value, sampling_error(left_out, count / pair.size), "estimated")
 
 
 def pearson(left: np.ndarray, right: np.ndarray) -> float:
@@ -97,9 +190,24 @@ def gap(values: Tensor, count: int, size: int) -> float:
     return gap if gap > noise else 0.0
 
 
-def leading(facts: Facts) -> tuple[Tensor, Tensor, float]:
-    """Leading eigenpairs, one more than are compared, and their residual."""
+def leading(facts: Facts) -> tuple[Tensor, Tensor, Tensor]:
+    """Leading eigenpairs, one more than are compared, and the norms of their residuals."""
     return facts.leading(min(_LEADING + 1, facts.size))
+
+
+def turned(facts: Facts, count: int) -> float:
+    """How far the overlap of the leading space with another may be off (Davis and Kahan)."""
+    values, _, residuals = leading(facts)
+    size = float(residuals[:count].norm())
+    if not size:
+        return 0.0
+    slack = 2 * size / gap(values, count, facts.size)
+    if slack > 1:
+        raise TooLargeError(
+            f"The leading eigenvectors of the {facts.name} have not converged in "
+            f"{facts.limits.products} products. Raise budget=."
+        )
+    return slack
 
 
 def leading_count(reference: Facts) -> int:
@@ -112,16 +220,21 @@ def leading_count(reference: Facts) -> int:
     raise NotDefinedError(f"The leading eigenvalues of the {reference.name} coincide.")
 
 
-def condition(facts: Facts, damping: float) -> Value:
-    """Condition number of a damped matrix."""
-    value = condition_of(facts.eigenvalues, damping, facts.tolerance)
-    return Value(value, 0.0, facts.method)
+def spectra(pair: Pair, function: Callable[[Tensor, Tensor], float]) -> Value:
+    """``function`` of the eigenvalues of both matrices, ascending."""
+    found = of_spectra(pair.reference, pair.approximation, function)
+    return found if found.method == "estimated" else Value(found.value, 0.0, pair.method)
 
 
-def spectra(pair: Pair) -> tuple[Tensor, Tensor]:
-    """Eigenvalues of both matrices, ascending."""
-    ours, theirs = pair.reference.eigenvalues, pair.approximation.eigenvalues
-    return ours.cpu(), theirs.cpu()
+def inner_with(pair: Pair, inverse: Operator) -> Quantity:
+    """``<R, B^-1>``, or samples of it."""
+    reference = pair.reference
+    if reference.small:
+        return inverse.inner(reference.formed)
+    if reference.structured:
+        return inverse.inner(reference.op)
+    samples = [(images * (inverse @ vectors)).sum(0) for vectors, images in reference.probes]
+    return torch.cat(samples).cpu()
 
 
 def step(pair: Pair) -> tuple[Tensor, float]:

@@ -14,13 +14,12 @@ from scipy.stats import rankdata
 
 from ..errors import NotDefinedError
 from . import measures
-from .facts import TooLargeError
-from .pairs import Pair, Value
+from .pairs import Pair
+from .quantity import Value
 from .registry import METRICS, metric
+from .unformed import total
 
 __all__ = ["METRICS", "metric"]
-
-_ITERATED = 200_000  # rows beyond which a metric that iterates must be asked for by name
 
 
 # -- entries -------------------------------------------------------------------------------------
@@ -70,12 +69,8 @@ def cosine(pair: Pair) -> Value:
 def spectral_error(pair: Pair) -> Value:
     """``||R - B||_2 / ||R||_2`` (largest singular values)."""
     measures.need_nonzero(pair.reference)
-    measures.affordable(pair)
-    if pair.method != "exact" and pair.size > _ITERATED and not pair.thorough:
-        raise TooLargeError(
-            f"Lanczos iteration on {pair.size:,} rows takes seconds: ask for it with "
-            "metrics=['spectral_error', ...]."
-        )
+    if pair.method != "exact":
+        pair.reference.may_iterate()
     top, slack = pair.difference_norm
     whole, more = pair.reference.spectral_norm
     spread = (slack + more * top / whole) / whole
@@ -85,13 +80,7 @@ def spectral_error(pair: Pair) -> Value:
 @metric("trace ratio", better="one")
 def trace_ratio(pair: Pair) -> Value:
     """``tr B / tr R``."""
-    below, above = measures.trace(pair.reference, pair), measures.trace(pair.approximation, pair)
-    floor = 1e-14 * math.sqrt(pair.size) * measures.norm(pair.reference)
-    if abs(below.value) <= floor:
-        raise NotDefinedError(f"The trace of the {pair.reference.name} is zero.")
-    value = above.value / below.value
-    spread = math.hypot(above.stderr, value * below.stderr) / abs(below.value)
-    return Value(value, spread, "estimated" if spread else pair.method)
+    return measures.trace_ratio(pair)
 
 
 # -- diagonals -----------------------------------------------------------------------------------
@@ -100,14 +89,19 @@ def trace_ratio(pair: Pair) -> Value:
 @metric("diagonal correlation", better="high")
 def diagonal_correlation(pair: Pair) -> Value:
     """Pearson correlation of the two diagonals."""
-    left, right = measures.diagonals(pair)
-    return Value(measures.pearson(left, right), 0.0, pair.method)
+    known = measures.diagonals(pair)
+    if known is None:
+        return measures.estimated_correlation(pair)
+    return Value(measures.pearson(*known), 0.0, pair.method)
 
 
 @metric("diagonal rank correlation", better="high")
 def diagonal_rank_correlation(pair: Pair) -> Value:
     """Spearman correlation of the two diagonals: agreement in order alone."""
-    left, right = measures.diagonals(pair)
+    known = measures.diagonals(pair)
+    if known is None:
+        return measures.estimated_rank_correlation(pair)
+    left, right = known
     return Value(measures.pearson(rankdata(left), rankdata(right)), 0.0, pair.method)
 
 
@@ -122,16 +116,15 @@ def eigenspace_overlap(pair: Pair) -> Value:
     have ``k / P``.
     """
     count = measures.leading_count(pair.reference)
-    measures.affordable(pair)
-    _, ours, slack = measures.leading(pair.reference)
-    values, vectors, more = measures.leading(pair.approximation)
+    ours = measures.leading(pair.reference)[1]
+    values, vectors, _ = measures.leading(pair.approximation)
     if measures.gap(values, count, pair.size) <= 0:
         raise NotDefinedError(
             f"Eigenvalues {count} and {count + 1} of the {pair.approximation.name} coincide: its "
             f"leading space of dimension {count} is not unique."
         )
     cosines = ours[:, :count].mT @ vectors[:, :count].to(ours.device)
-    slack += more
+    slack = measures.turned(pair.reference, count) + measures.turned(pair.approximation, count)
     method = "estimated" if slack else pair.method
     return Value(float(cosines.square().sum()) / count, slack, method)
 
@@ -139,20 +132,21 @@ def eigenspace_overlap(pair: Pair) -> Value:
 @metric("dimension of the eigenspaces")
 def eigenspace_k(pair: Pair) -> Value:
     """The ``k`` of ``eigenspace_overlap``: up to 10, where the reference's spectrum has a gap."""
-    measures.affordable(pair)
-    return Value(float(measures.leading_count(pair.reference)), 0.0, pair.method)
+    count = measures.leading_count(pair.reference)
+    iterated = bool(measures.leading(pair.reference)[2].any())
+    return Value(float(count), 0.0, "estimated" if iterated else pair.method)
 
 
 @metric("condition number")
 def condition_number(pair: Pair) -> Value:
     """Condition number of the approximation under its damping; infinite if singular."""
-    return measures.condition(pair.approximation, pair.own_damping)
+    return pair.approximation.condition(pair.own_damping)
 
 
 @metric("condition number of the reference")
 def reference_condition_number(pair: Pair) -> Value:
     """Condition number of the reference under the same damping; infinite if singular."""
-    return measures.condition(pair.reference, pair.damping)
+    return pair.reference.condition(pair.damping)
 
 
 @metric("distance of spectra", better="low")
@@ -163,17 +157,16 @@ def spectrum_distance(pair: Pair) -> Value:
     of eigenvectors could mend.
     """
     measures.need_nonzero(pair.reference)
-    ours, theirs = measures.spectra(pair)
-    distance = float(torch.linalg.vector_norm(ours - theirs) / torch.linalg.vector_norm(ours))
-    return Value(distance, 0.0, pair.method)
+    return measures.spectra(pair, lambda ours, theirs: float((ours - theirs).norm() / ours.norm()))
 
 
 @metric("Wasserstein distance of spectra", better="low")
 def spectrum_wasserstein(pair: Pair) -> Value:
     """Mean ``|l_i(R) - l_i(B)|`` over the mean ``|l_i(R)|``, sorted: relative 1-Wasserstein."""
     measures.need_nonzero(pair.reference)
-    ours, theirs = measures.spectra(pair)
-    return Value(float((ours - theirs).abs().sum() / ours.abs().sum()), 0.0, pair.method)
+    return measures.spectra(
+        pair, lambda ours, theirs: float((ours - theirs).abs().sum() / ours.abs().sum())
+    )
 
 
 # -- steps ---------------------------------------------------------------------------------------
@@ -237,7 +230,8 @@ def stein_divergence(pair: Pair) -> Value:
     ours = pair.reference.logdet(pair.damping)
     theirs = pair.approximation.logdet(pair.own_damping)
     inverse = pair.approximation.inverse(pair.own_damping)
-    reference = pair.reference.formed if pair.reference.small else pair.reference.op
-    overlap = inverse.inner(reference) + pair.damping * inverse.trace()
-    value = overlap - (ours - theirs) - pair.size
-    return Value(max(value, 0.0), 0.0, pair.method)
+    overlap = measures.inner_with(pair, inverse)
+    shift = pair.damping * inverse.trace() - pair.size
+    found = total((overlap, 0.0), (-ours[0], ours[1]), theirs, (shift, 0.0))
+    method = "estimated" if found.stderr else pair.method
+    return Value(max(found.value, 0.0), found.stderr, method)

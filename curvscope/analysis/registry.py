@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .pairs import Pair, Value
+from .pairs import Pair
+from .quantity import Value
 
 Function = Callable[[Pair], "float | Value"]
 

@@ -12,7 +12,9 @@ from torch import Tensor
 from ..operators import BlockDiagonalOperator, MatrixView, Operator
 from .classes import Nearest
 from .facts import Facts, Limits
-from .pairs import Moments, Pair, Probes, Quantity, add
+from .pairs import Pair
+from .probes import Probes
+from .quantity import Moments, Quantity, add
 from .structure import diagonal_form
 
 
@@ -32,7 +34,7 @@ class WholeFacts(Facts):
         *,
         form: bool = True,
     ) -> None:
-        super().__init__(op, limits)
+        super().__init__(op, limits, by_products=limits.by_products)
         self.small = self.small and form
         self.known = self.small or self.structured
         self.parts = list(parts)
@@ -51,7 +53,9 @@ class WholeFacts(Facts):
         """``||(R - D) z||^2``."""
         images = images.clone()
         for rows, (_, part) in zip(self.rows, self.parts):
-            images[rows] -= part.op @ vectors[rows]
+            before = part.products
+            images[rows] -= part.matmat(vectors[rows])
+            self.products += part.products - before
         return images.square().sum(0)
 
     @property
@@ -73,7 +77,7 @@ class WholeFacts(Facts):
             return max(self.norm2 - math.fsum(part.norm2 for _, part in self.parts), 0.0)
         if self.by_blocks:
             return self.probes.samples
-        return self._beside(self.probes.vectors, self.probes.images)
+        return torch.cat([self._beside(*pair) for pair in self.probes]).cpu()
 
     @cached_property
     def energy(self) -> Quantity:
@@ -122,12 +126,7 @@ class WholePair(Pair):
         blocks: Sequence[Pair | None] | None,
         **options: object,
     ) -> None:
-        super().__init__(
-            reference,
-            approximation,
-            probes=lambda: reference.probes,
-            **options,  # type: ignore[arg-type]
-        )
+        super().__init__(reference, approximation, **options)  # type: ignore[arg-type]
         self.whole = reference
         self.blocks = blocks
 

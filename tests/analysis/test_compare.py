@@ -121,12 +121,8 @@ def test_without_forming_anything_the_numbers_are_the_same(kind: str) -> None:
                 large = "would need it to be formed" in other.reasons[name]
                 assert (large and kind == "dense") or math.isnan(row[name]), (row.block, name)
                 continue
-            loose = name in ("spectral_error", "eigenspace_overlap") or "step" in name
-            tolerance = 1e-3 if loose and other.method[name] == "estimated" else 1e-7
-            assert other[name] == pytest.approx(row[name], rel=tolerance, abs=1e-7), (
-                row.block,
-                name,
-            )
+            slack = 5 * other.stderr.get(name, 0.0) + 1e-7 * max(1.0, abs(row[name]))
+            assert abs(other[name] - row[name]) <= slack, (row.block, name)
             assert other.method[name] in ("structured", "estimated", "exact")
     names = {"error", "error_rescaled", "cosine", "trace_ratio"}
     assert all(row.method[n] == "structured" for row in unformed.rows for n in names)

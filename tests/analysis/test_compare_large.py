@@ -71,7 +71,8 @@ def test_factored_layers_give_the_numbers_of_the_formed_matrix(kind: str) -> Non
     options = {"gradient": gradient, "damping": DAMPING, "metrics": list(METRICS)}
     others = approximations(op)
     exact = compare(dense, others, **options)
-    found = compare(op, others, memory=8 * 6 * 20**2, **options)  # fewer rows than it has
+    few = {"memory": 8 * 6 * 20**2, "seed": 1}  # of fewer rows than it has
+    found = compare(op, others, **few, **options)
     for name in others:
         row, wanted = found.row("(all)", name), exact.row("(all)", name)
         assert row.size > 20
@@ -212,7 +213,8 @@ def test_whatever_cannot_be_had_by_products_says_why(kind: str) -> None:
 def test_an_estimate_says_so_and_counts_its_products() -> None:
     reference = cases.reference()
     before = reference.count
-    found = compare(reference, {"it": cases.block_diagonal("Kronecker")}, budget=16, seed=3)
+    options = {"budget": 16, "seed": 3, "metrics": [*EASY, "trace_ratio"]}
+    found = compare(reference, {"it": cases.block_diagonal("Kronecker")}, **options)
     row = found.row("(all)", "it")
     assert row.method["error"] == row.method["outside"] == "estimated"
     assert row.stderr["error"] > 0
@@ -224,14 +226,15 @@ def test_an_estimate_says_so_and_counts_its_products() -> None:
     assert row["trace_ratio"] == pytest.approx(
         float(cases.block_diagonal("Kronecker").trace() / cases.reference_matrix().trace())
     )
-    again = compare(cases.reference(), {"it": cases.block_diagonal("Kronecker")}, budget=16, seed=3)
+    again = compare(cases.reference(), {"it": cases.block_diagonal("Kronecker")}, **options)
     assert again.row("(all)", "it").error == row.error
 
 
 def test_probing_stops_at_the_tolerance_or_says_that_it_could_not() -> None:
     op = {"it": cases.block_diagonal("Kronecker")}
-    loose = compare(cases.reference(), op, memory=0, budget=2000, tol=0.2)
-    tight = compare(cases.reference(), op, memory=0, budget=2000, tol=0.01)
+    options = {"memory": 0, "budget": 2000, "metrics": EASY}
+    loose = compare(cases.reference(), op, tol=0.2, **options)
+    tight = compare(cases.reference(), op, tol=0.01, **options)
     assert loose.converged
     assert tight.converged
     assert 8 <= loose.cost.products < tight.cost.products < 2000
@@ -250,7 +253,8 @@ def test_steps_with_a_matrix_known_by_products() -> None:
     found = compare(cases.reference(), op, memory=0, **options).row("(all)", "it")
     for name in ("step_angle", "actual_decrease", "decrease_ratio", "step_efficiency"):
         assert found[name] == pytest.approx(exact[name], rel=1e-7), name
-    assert "cs.eigsh" in found.reasons["eigenspace_overlap"]
+    slack = 5 * found.stderr.get("eigenspace_overlap", 0.0) + 1e-9
+    assert abs(found["eigenspace_overlap"] - exact["eigenspace_overlap"]) <= slack
     short = compare(cases.reference(), op, memory=0, budget=8, gradient=gradient, damping=1e-9)
     assert "not converged in 8 products" in short.row("(all)", "it").reasons["step_angle"]
     assert math.isfinite(short.row("(all)", "it")["actual_decrease"])

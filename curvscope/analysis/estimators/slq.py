@@ -47,6 +47,7 @@ def quadrature(
     reorthogonalise: str = "full",
     enough: Callable[[Quadrature], bool] | None = None,
     every: int = 5,
+    beside: Tensor | None = None,
     label: str = "",
     hold: Callable[..., None] | None = None,
     state: Mapping[str, Any] | None = None,
@@ -56,13 +57,18 @@ def quadrature(
     ``reorthogonalise="full"`` keeps every basis orthogonal to rounding; ``"selective"`` does so
     only when the estimated loss (Simon's recurrence, Math. Comp. 42, 1984) exceeds the root of the
     machine epsilon, which keeps the nodes right to rounding; ``"none"`` lets copies of converged
-    nodes appear. ``enough`` is asked after every few steps whether to stop. ``hold`` is given the
-    state after every step, from which the iteration goes on as ``state``.
+    nodes appear. ``enough`` is asked after every few steps whether to stop. The starts are made
+    orthogonal to the columns of ``beside``, which the matrix must map to zero. ``hold`` is given
+    the state after every step, from which the iteration goes on as ``state``.
     """
     op = meter.op
     steps = min(steps, meter.size)
     keeps = reorthogonalise != "none"
     vectors = signs(op, seed, start, count, stream=7).mT / math.sqrt(meter.size)  # [n, P]
+    if beside is not None:
+        beside = beside.to(vectors)
+        vectors = vectors - (vectors @ beside) @ beside.mT
+        vectors /= vectors.norm(dim=1, keepdim=True)
     bases = torch.empty(count, steps if keeps else 0, meter.size, dtype=op.dtype, device=op.device)
     before = torch.zeros_like(vectors)
     alphas = torch.zeros(count, steps, dtype=torch.float64)
