@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -131,7 +130,7 @@ def plot_histogram(
         return ax
     sizes = np.abs(values)
     seen = sizes[sizes > max(spectrum.tolerance, top * 1e-12)]
-    floor = min(10.0 ** math.floor(math.log10(float(seen.min()))), top / 10)
+    floor = min(float(seen.min()), top / 10)
     edges = np.geomspace(floor, top * (1 + 1e-9), bins + 1)
     for sign, colour, label in ((1, PALETTE[0], "positive"), (-1, NEGATIVE, "negative")):
         counts, _ = np.histogram(sign * values, bins=edges)
