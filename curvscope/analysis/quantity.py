@@ -71,8 +71,13 @@ def jackknife(
 
 
 def less_noisy(one: Value, two: Value) -> Value:
-    """The one of two estimates of the same number that has the smaller error."""
-    return two if math.isnan(one.value) or two.stderr < one.stderr else one
+    """The one of two estimates of the same number that has the smaller error.
+
+    One without any error beside one that has it was cut off at the end of its range.
+    """
+    if math.isnan(one.value) or not one.stderr:
+        return two
+    return two if 0 < two.stderr < one.stderr else one
 
 
 def spread_of(left_out: list[float]) -> float:

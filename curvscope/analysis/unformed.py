@@ -188,15 +188,17 @@ class SpectralSamples:
         change = 0.0 if self.found.ended else float((last - samples(self.short)).mean().abs())
         return last + outer, change
 
-    def eigenvalues(self, without: int | None = None, *, smooth: bool = True) -> Tensor:
-        """All ``P``, ascending, from all probes or all but one.
+    def eigenvalues(
+        self, without: int | None = None, *, only: int | None = None, smooth: bool = True
+    ) -> Tensor:
+        """All ``P``, ascending, from all probes, all but one or one.
 
         ``smooth`` interpolates between the nodes of the quadratures, which stand for all that lies
         around them; otherwise every node is a multiple eigenvalue.
         """
         if not self.rest:
             return self.outer.sort().values
-        keep = [i for i in range(len(self.found.nodes)) if i != without]
+        keep = [i for i in range(len(self.found.nodes)) if i != without and only in (None, i)]
         nodes, order = self.found.nodes[keep].flatten().sort()
         weights = self.found.weights[keep].flatten()[order] / len(keep)
         nodes, weights = nodes[weights > 0], weights[weights > 0]

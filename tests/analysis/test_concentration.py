@@ -209,9 +209,12 @@ def test_what_is_too_large_to_form_keeps_its_share_and_the_exact_null_model() ->
     whole, found = concentration(op), concentration(op, limit=10)
     assert found.diagonal_share == pytest.approx(whole.diagonal_share, abs=1e-12)
     assert found.null.diagonal_share == pytest.approx(whole.null.diagonal_share, abs=1e-12)
-    assert found.disjoint is None
-    assert len(found.centres) == 0
-    assert any("limit=10" in text for text in found.warnings)
+    assert found.disjoint is None and "takes all discs" in found.reasons["disjoint"]
+    assert found.method == "estimated" and found.cost.products == 0
+    torch.testing.assert_close(found.centres, whole.centres)  # all rows of so few
+    torch.testing.assert_close(found.radii, whole.radii)
+    assert (found.dominant, found.kaiser) == (whole.dominant, whole.kaiser)
+    assert any("was not formed" in text for text in found.warnings)
     assert "than the null model expects" in found.verdict()
     large = concentration(LowRankOperator(cases.normal(40_000, 2, seed=0)))
     assert 0 < large.diagonal_share < 1e-3
