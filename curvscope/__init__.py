@@ -48,6 +48,7 @@ _PUBLIC = {
     "Monitor": "training",
     "Run": "training",
     "make_report": "report",
+    "explore": "explorer",
     "show_progress": "progress",
 }
 _MODULES = (
@@ -58,6 +59,7 @@ _MODULES = (
     "optim",
     "plot",
     "problem",
+    "report",
     "training",
     "zoo",
 )

@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "curvscope"
 
 HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
     "cli": (("cli", "commands", "doctor", "__main__"), "the commands"),
+    "explorer": (("explorer",), "a look around with widgets"),
     "report": (("report",), "results as a page, JSON, CSV and figures"),
     "plot": (("plot", "plotting"), "results as pictures"),
     "training": (("training",), "monitor, runs, trajectories, surfaces"),

@@ -16,7 +16,7 @@ PUBLIC = {
 }
 FUNCTIONS = [name for name, value in PUBLIC.items() if inspect.isfunction(value)]
 # what they do is no computation that somebody has published
-WITHOUT_SOURCE = {"make_report", "show_progress"}
+WITHOUT_SOURCE = {"make_report", "explore", "show_progress"}
 
 
 def words(name: str) -> str:
