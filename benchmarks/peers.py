@@ -15,7 +15,7 @@ Runs = dict[str, Callable[[], Tensor]]
 def products(case: cases.Case, vector: Tensor) -> Runs:
     """Those of the libraries that are installed."""
     runs: Runs = {}
-    for add in (_curvlinops, _pyhessian, _eigenthings, _torch_func):
+    for add in (_curvlinops, _pyhessian, _eigenthings, _nngeometry, _torch_func):
         try:
             add(case, vector, runs)
         except ImportError:
@@ -82,6 +82,21 @@ def _eigenthings(case: cases.Case, vector: Tensor, runs: Runs) -> None:
         **options,
     )
     runs["GGN, hessian-eigenthings"] = lambda: ggn.matvec(vector)
+
+
+def _nngeometry(case: cases.Case, vector: Tensor, runs: Runs) -> None:
+    from nngeometry.layercollection import LayerCollection
+    from nngeometry.metrics import FIM
+    from nngeometry.object import PMatImplicit, PVector
+
+    (x, y) = case.batches[0]
+    if y.dim() != 1 or y.is_floating_point():
+        return  # it knows the Fisher matrix of one label per sample only, which is then the GGN
+    layers = LayerCollection.from_model(case.model)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), len(x))
+    matrix = FIM(case.model, loader, PMatImplicit, device=str(x.device), layer_collection=layers)
+    v = PVector(layer_collection=layers, vector_repr=vector)
+    runs["GGN, nngeometry"] = lambda: matrix.mv(v).to_torch()
 
 
 def _torch_func(case: cases.Case, vector: Tensor, runs: Runs) -> None:

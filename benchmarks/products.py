@@ -3,13 +3,16 @@
     python benchmarks/products.py [--threads 2] [--rounds 7] [--device cuda]
 
 Times are medians of interleaved rounds, as multiples of one gradient (forward plus backward pass of
-the same batch) of the same round, all with the same attention kernel. The error is that against
-the product in float64.
+the same batch) of the same round, all with the same attention kernel. *fastest peer*: a median of
+ratios, too, to the run outside curvscope that has the smallest median for the same matrix; *by
+hand*: to the double backward of the same kind, fresh or retained. The error is that against the
+product in float64; the memory what a product takes at its height beyond what is kept before it.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -25,6 +28,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import curvscope as cs
 
 COLUMNS, BATCHES = 8, 20
+NOTE = """*gradients*: medians of interleaved rounds over one gradient of the same batch and round,
+all with the same attention kernel. *by hand*: over a double backward written by hand, with a fresh
+or a retained graph; *fastest peer*: over the fastest other library for this matrix. *MiB*: what a
+product allocates at its height. *error*: relative, against the product in float64."""
 
 
 def by_hand(case: cases.Case, vector: Tensor) -> dict[str, Callable[[], Tensor]]:
@@ -101,16 +108,30 @@ def single(case: cases.Case, rounds: int, sync: Callable[[], None]) -> list[list
     exact = {m: truth(case, vector, m) for m in ("Hessian", "GGN")}
     rows = []
     for name, value in values.items():
-        matrix = name.split()[0].rstrip(",")
+        matrix = name.split(",")[0].split()[0]
         if isinstance(value, Exception):
-            rows.append([case.name, name, "fails", type(value).__name__])
+            rows.append([case.name, name, "fails", "", "", "", type(value).__name__])
             continue
         error = ""
         if matrix in exact:
-            error = f"{float((value.double() - exact[matrix]).norm() / exact[matrix].norm()):.1e}"
+            error = f"{float((value.detach().double() - exact[matrix]).norm() / exact[matrix].norm()):.1e}"
+        hand = peer = ""
+        if "curvscope" in name:
+            fastest = _fastest_peer(times, matrix)
+            peer = f"{median_ratio(times, name, fastest):.2f} ({fastest.partition(', ')[2]})"
+            if matrix == "Hessian" and "auto" not in name:
+                kind = "fresh" if "fresh" in name else "retained"
+                hand = f"{median_ratio(times, name, f'Hessian by hand, {kind}'):.2f}"
         ratio = f"{median_ratio(times, name, 'one gradient'):.2f}"
-        rows.append([case.name, name, ratio, error])
+        mebibytes = f"{common.peak_bytes(runs[name]) / 2**20:.0f}"
+        rows.append([case.name, name, ratio, hand, peer, mebibytes, error])
     return rows
+
+
+def _fastest_peer(times: dict[str, list[float]], matrix: str) -> str:
+    """Of the other libraries, and for the retained Hessian PyHessian, which keeps one graph."""
+    peers = [n for n in times if n.startswith(f"{matrix}, ") and "curvscope" not in n]
+    return min(peers, key=lambda name: statistics.median(times[name]))
 
 
 def block(name: str, rounds: int, sync: Callable[[], None], device: str) -> list[list[str]]:
@@ -130,7 +151,15 @@ def block(name: str, rounds: int, sync: Callable[[], None], device: str) -> list
         runs[f"{title}, curvscope, {COLUMNS} vectors, {BATCHES} batches"] = lambda o=operator: o @ V
     times, _ = rounds_of(runs, rounds, sync)
     return [
-        [case.name, run, f"{median_ratio(times, run, 'one gradient') / COLUMNS:.2f}", ""]
+        [
+            case.name,
+            run,
+            f"{median_ratio(times, run, 'one gradient') / COLUMNS:.2f}",
+            "",
+            "",
+            "",
+            "",
+        ]
         for run in list(runs)[1:]
     ]
 
@@ -150,14 +179,19 @@ def main() -> None:
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     sync = torch.cuda.synchronize if chosen.device == "cuda" else (lambda: None)
-    rows = []
+    found = {}
     with sdpa_kernel(SDPBackend.MATH):
         for name in chosen.cases:
-            rows += single(to(cases.make(name), chosen.device), chosen.rounds, sync)
-            rows += block(name, max(2, chosen.rounds // 3), sync, chosen.device)
+            rows = single(to(cases.make(name), chosen.device), chosen.rounds, sync)
+            found[name] = rows + block(name, max(2, chosen.rounds // 3), sync, chosen.device)
     suffix = "" if chosen.device == "cpu" else f"_{chosen.device}"
-    header = ["network", "product", "gradients", "error"]
-    common.write(f"products{suffix}", "Matrix-vector products", header, rows)
+    header = ["network", "product", "gradients", "by hand", "fastest peer", "MiB", "error"]
+    store = common.RESULTS / f"products{suffix}.json"
+    kept = json.loads(store.read_text()) if store.exists() else {}
+    kept.update(found)
+    store.write_text(json.dumps(kept, indent=1) + "\n")
+    rows = [row for name in cases.CASES if name in kept for row in kept[name]]
+    common.write(f"products{suffix}", "Matrix-vector products", header, rows, NOTE)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from .. import memory
 from ..errors import MemoryLimitError, OptionError, UnsupportedLayerError, check_option
 from ..problem import Problem, Snapshot
 from ..problem.data import sample_count, select
+from .footprint import Footprint
 from .forward import gradient_along, linearised
 from .graphs import BatchGraph, HessianGraph, LinearisedGraph, Nothing, add_to, graph_bytes, split
 from .products import HESSIAN, Kind, output_product
@@ -46,9 +47,9 @@ class Engine:
     Where the matrix is ``J^T M J``, ``J v`` comes from forward mode in all of these but ``"vmap"``,
     from the second call on, if it agrees with reverse mode and the trial finds it faster.
 
-    ``limit`` bytes bound what the graphs of a call hold at a time (by default a quarter of what is
-    available may be kept); with a number, batches are cut into parts that fit. ``used`` says in
-    words what the last call did.
+    ``limit`` bytes bound what a call allocates at a time, results and vectors apart; batches are
+    cut into parts that fit. Without it, graphs may keep a quarter of the memory that is available.
+    ``used`` says in words what the last call did.
     """
 
     def __init__(
@@ -70,6 +71,8 @@ class Engine:
         self._calls = 0
         self._kept: list[BatchGraph] | None = None
         self._bytes: int | None = None  # of one batch's graph
+        self._fits: int | None = None  # samples that fit into the limit
+        self._beside = 0  # bytes that a product takes beside its graph, if there is a limit
         self._pieces = 1
         self._pure = False  # whether the forward pass is known to leave the parameters alone
         self._trusted = False  # whether double backward has been compared with the adjoint
@@ -106,11 +109,13 @@ class Engine:
         with self.problem.session(self.at, copy=not self._pure):
             self._used(len(rows), keep)
             generator = self.kind.generator()
-            for inputs, targets in self._parts():
+            for inputs, targets in self._parts(rows):
                 graph = self._graph(inputs, targets, len(rows), generator)
                 self._add(graph, rows, total, retain=keep)
                 if keep:
                     kept.append(graph)
+                del graph  # before the next one is made
+            self._used(len(rows), keep)
             self._pure = [p._version for p in everything] == before
         self._kept = kept if keep and self._pure else None
         return total.mT
@@ -133,50 +138,65 @@ class Engine:
 
     # -- graphs ----------------------------------------------------------------------------------
 
-    def _parts(self) -> Iterator[tuple[Any, Any]]:
-        """The batches, cut where their graphs would not fit into a stated memory."""
+    def _parts(self, rows: Tensor) -> Iterator[tuple[Any, Any]]:
+        """The batches, cut where their products would not fit into a stated memory."""
         for inputs, targets in self.problem.batches():
-            if self.limit is not None and self._bytes is None:
-                self._measure(inputs, targets)
             samples = sample_count(inputs, targets)
-            if self._pieces == 1 or samples == 1:
+            if self.limit is not None:
+                self._fit(inputs, targets, rows, self.limit)
+            pieces = 1
+            if self._fits is not None and not self.facts.coupled:
+                pieces = -(-samples // self._fits)
+            self._pieces = max(self._pieces, pieces)
+            if pieces == 1:
                 yield inputs, targets
                 continue
-            for index in torch.arange(samples).tensor_split(min(self._pieces, samples)):
+            for index in torch.arange(samples).tensor_split(pieces):
                 yield select(inputs, index, samples), select(targets, index, samples)
 
-    def _measure(self, inputs: Any, targets: Any) -> None:
-        """How large graphs are, from those of a few samples, and into how many parts to cut."""
-        assert self.limit is not None
+    def _fit(self, inputs: Any, targets: Any, rows: Tensor, limit: int) -> None:
+        """How many samples fit, and whether vectorised products of them do."""
         samples = sample_count(inputs, targets)
-        coupled = self.facts.coupled
+        if self._fits is None:
+            vectorised = self.mode == "vmap" and len(rows) > 1
+            used = rows if vectorised else rows[:1]
+            taken = self._footprint(inputs, targets, used, vectorised, limit)
+            self._fits = min(taken.samples_within(limit), samples)
+            pieces = -(-samples // self._fits)
+            self._bytes = int(taken.kept.fixed * pieces + taken.kept.each * samples)
+            self._beside = int(taken.peak.at(self._fits) - taken.kept.at(self._fits))
+            if self.mode == "retained":
+                self._wants_to_keep()  # refuses before graphs are kept that do not fit
+        if len(rows) >= _TRY_FROM and self._vectorised is None:
+            try:
+                taken = self._footprint(inputs, targets, rows, True, limit)
+            except Exception:  # operations without a batching rule: many error types
+                self._vectorised = False
+                return
+            if taken.peak.at(self._fits) > limit:
+                self._vectorised = False
 
-        def size(count: int) -> int:
+    def _footprint(
+        self, inputs: Any, targets: Any, rows: Tensor, vectorised: bool, limit: int
+    ) -> Footprint:
+        """What products allocate and graphs keep, from those of a few samples."""
+        samples = sample_count(inputs, targets)
+
+        def sizes(count: int) -> tuple[float, float]:
             index = torch.arange(count)
             part = select(inputs, index, samples), select(targets, index, samples)
-            return graph_bytes(
-                self._graph(*part, 1, self.kind.generator()).roots(), self.parameters
-            )
+            total = torch.zeros_like(rows)
+            kept = 0
+            for check in (True, False):  # the first time, derivatives are checked as well
+                with memory.PeakBytes() as peak:
+                    graph = self._graph(*part, len(rows), self.kind.generator())
+                    if not check:
+                        kept = graph_bytes(graph.roots(), self.parameters)
+                    graph.add(rows, total, self.scale, vectorised=vectorised, retain=True)
+                del graph
+            return peak.bytes, kept
 
-        few = max(1, samples // 8)
-        more = min(samples, 2 * few)
-        # what does not depend on the samples, and what each of them adds
-        small, large = (size(samples), 0) if coupled else (size(few), size(more))
-        each = (large - small) / (more - few) if not coupled and more > few else float(small)
-        fixed = max(small - few * each, 0.0) if not coupled and more > few else 0.0
-        fits = int((self.limit - fixed) / max(each, 1.0))
-        if fits < 1:
-            unit = "batch, whose samples are coupled," if coupled else "single sample"
-            needed = int(fixed + each)
-            raise MemoryLimitError(
-                f"The graph of a {unit} takes {memory.format_bytes(needed)} ({needed} bytes), more "
-                f"than memory={self.limit} bytes. Raise memory=, or ask for single blocks."
-            )
-        if coupled:
-            self._bytes = small
-            return
-        self._pieces = -(-samples // fits)
-        self._bytes = int(fixed + each * -(-samples // self._pieces))
+        return Footprint.measure(sizes, samples, coupled=self.facts.coupled, limit=limit)
 
     def _graph(
         self, inputs: Any, targets: Any, count: int, generator: torch.Generator
@@ -210,35 +230,45 @@ class Engine:
         middle = output_product(problem, self.kind, outputs, targets, samples, generator)
 
         def forward(parts: list[Tensor]) -> Tensor:
-            run = lambda: problem.outputs(inputs)  # noqa: E731
-            return linearised(problem.model, run, parameters, parts, graph=False)[1]
+            return self._jvp(inputs, parts)
 
         tries = self.mode == "forward" or self._calls > 1
         if self._forward_agrees is None and tries:
-            self._try_forward(outputs, middle, forward)
+            self._try_forward(inputs, targets)
         use = self._forward_agrees and self._forward_pays(count)
         check, self._trusted = not (self._trusted or use), True
         return LinearisedGraph(
             outputs, parameters, middle, forward=forward if use else None, check=check
         )
 
+    def _jvp(self, inputs: Any, parts: list[Tensor]) -> Tensor:
+        run = lambda: self.problem.outputs(inputs)  # noqa: E731
+        return linearised(self.problem.model, run, self.parameters, parts, graph=False)[1]
+
     # -- choices ---------------------------------------------------------------------------------
 
     def _wants_to_keep(self) -> bool:
+        free = memory.available_bytes(self.problem.device) if self.limit is None else 0
         if self.mode == "retained":
-            limit = self.limit or int(0.8 * memory.available_bytes(self.problem.device))
-            if self._bytes and self._bytes * self.facts.batches * self._pieces > limit:
-                needed = self._bytes * self.facts.batches * self._pieces
+            limit = self.limit or int(0.8 * free)
+            needed = self._needed()
+            if needed is not None and needed > limit:
                 raise MemoryLimitError(
                     f"Keeping the graphs of all batches takes {memory.format_bytes(needed)} "
                     f"({needed} bytes), but {limit} bytes may be used. Use engine='auto' or "
                     "'fresh', fewer samples (problem.subset), or raise memory=."
                 )
             return True
-        if self.mode not in ("auto",) or self._calls < 2 or self._bytes is None:
+        needed = self._needed()
+        if self.mode != "auto" or self._calls < 2 or needed is None:
             return False
-        limit = self.limit or int(_SHARE * memory.available_bytes(self.problem.device))
-        return self._bytes * self.facts.batches * self._pieces <= limit
+        return needed <= (self.limit or int(_SHARE * free))
+
+    def _needed(self) -> int | None:
+        """Bytes of the graphs of all batches, and of what a product needs besides."""
+        if self._bytes is None:
+            return None
+        return self._bytes * self.facts.batches + self._beside
 
     def _try_vectorised(self, graph: BatchGraph, rows: Tensor) -> None:
         """Time a few products one by one and vectorised, and compare them."""
@@ -254,10 +284,17 @@ class Engine:
         end = time.perf_counter()
         self._vectorised = _agree(single, batched) and end - middle < 0.9 * (middle - start)
 
-    def _try_forward(
-        self, outputs: Tensor, middle: Any, forward: Callable[[list[Tensor]], Tensor]
-    ) -> None:
+    def _try_forward(self, inputs: Any, targets: Any) -> None:
         """Compare ``J v`` by forward mode with two backward passes, and time both."""
+        if self.limit is not None and not self.facts.coupled:  # of a few samples: both must fit
+            samples = sample_count(inputs, targets)
+            index = torch.arange(max(1, samples // 8))
+            inputs, targets = select(inputs, index, samples), select(targets, index, samples)
+
+        def forward(parts: list[Tensor]) -> Tensor:
+            return self._jvp(inputs, parts)
+
+        outputs = self.problem.outputs(inputs)
         size = sum(p.numel() for p in self.parameters)
         v = torch.randn(size, generator=torch.Generator().manual_seed(1)).to(outputs)
         parts = split(v, self.parameters)
@@ -274,7 +311,7 @@ class Engine:
             self._forward_agrees = False
             return
         start = time.perf_counter()
-        graph = LinearisedGraph(outputs, self.parameters, middle, check=True)
+        graph = LinearisedGraph(outputs, self.parameters, _unchanged, check=True)
         t_graph = time.perf_counter() - start
         if graph.by_rows:
             self._forward_agrees = False
@@ -307,6 +344,10 @@ class Engine:
         if self._pieces > 1:
             words.append(f"batches in {self._pieces} parts")
         self.used = ", ".join(words)
+
+
+def _unchanged(jv: Tensor) -> Tensor:
+    return jv
 
 
 class _AlongGraph(BatchGraph):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,6 @@ import curvscope as cs
 from curvscope import errors
 from curvscope.curvature import engine as engine_module
 from curvscope.curvature.engine import ENGINES, Engine
-from curvscope.curvature.graphs import HessianGraph, graph_bytes
 from curvscope.curvature.whole import WholeOperator
 
 from .nets import seeded
@@ -155,115 +153,6 @@ def test_nothing_is_kept_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> N
             engine = Engine(problem, forced.kind, forced.parameters, forced.at, mode="retained")
             engine._bytes = 10**6
             engine.product(v)
-
-
-class Counting(nn.Module):
-    """Notes the batch sizes that it sees."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-        self.seen: list[int] = []
-        self.noted = Note(self.seen)
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.noted(len(x))
-        return self.inner(x)
-
-
-class Note:
-    def __init__(self, seen: list[int]) -> None:
-        self.call = seen.append
-
-    def __call__(self, count: int) -> None:
-        NOTES.append(count)
-
-
-NOTES: list[int] = []
-
-
-@pytest.mark.parametrize("name", MATRICES)
-def test_a_stated_memory_cuts_batches(name: str) -> None:
-    if name == "sampled":
-        pytest.skip("labels are drawn batch by batch: other cuts are other draws")
-    problem = problem_of(Counting(smooth()))
-    whole = MATRICES[name](problem, engine="fresh")
-    V = columns(problem, 2)
-    truth = whole @ V
-    assert whole._engine is not None and whole._engine._bytes is not None
-    limit = int(0.6 * whole._engine._bytes)
-    op = MATRICES[name](problem, engine="fresh", memory=limit)
-    op @ V
-    NOTES.clear()
-    assert gap(op @ V, truth) < 1e-12
-    assert max(NOTES) < 7 and sum(NOTES) >= 15
-    assert "parts" in op.info.settings["engine"]
-
-
-def test_a_stated_memory_is_kept() -> None:
-    """The graphs of the parts take at most 1.1 times what was allowed."""
-    problem = problem_of()
-    for share in (0.5, 0.7):
-        whole = graph_of(problem, *batches()[0])
-        limit = int(share * whole)
-        op = cs.hessian(problem, engine="fresh", memory=limit)
-        op @ columns(problem, 1)
-        engine = op._engine
-        assert engine is not None
-        with problem.session():
-            largest = max(
-                graph_bytes(engine._graph(*part, 1, op.kind.generator()).roots(), op.parameters)
-                for part in engine._parts()
-            )
-        assert largest <= 1.1 * limit
-        assert largest > 0.3 * limit
-
-
-def graph_of(problem: cs.Problem, inputs: Tensor, targets: Tensor) -> int:
-    with problem.session():
-        total = problem.batch_total(problem.outputs(inputs), targets)
-        graph = HessianGraph(total, list(problem.params.values()))
-        return graph_bytes(graph.roots(), graph.parameters)
-
-
-def test_memory_that_no_sample_fits_into() -> None:
-    problem = problem_of()
-    with pytest.raises(errors.MemoryLimitError, match="single sample"):
-        cs.hessian(problem, memory=10) @ columns(problem, 1)
-
-
-def test_coupled_samples_are_never_cut() -> None:
-    class Centred(nn.Sequential):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x - x.mean(0))
-
-    problem = problem_of(Centred(*smooth()))
-    truth = cs.ggn(problem) @ columns(problem, 1)
-    needed = graph_of(problem, *batches()[0])
-    with pytest.raises(errors.MemoryLimitError, match="coupled"):
-        cs.hessian(problem, memory=needed // 2) @ columns(problem, 1)
-    assert gap(cs.ggn(problem, memory=100 * needed) @ columns(problem, 1), truth) < 1e-12
-
-
-def test_peak_of_live_tensors_does_not_grow_with_the_data() -> None:
-    def peak(repeat: int) -> int:
-        model = smooth()
-        found: list[int] = []
-
-        def note(_: Any, __: Any, ___: Any) -> None:
-            gc.collect()
-            found.append(sum(t.nbytes for t in gc.get_objects() if isinstance(t, Tensor)))
-
-        problem = cs.Problem(model, nn.CrossEntropyLoss(), batches(1) * repeat)
-        op = cs.hessian(problem, engine="fresh")
-        v = columns(problem, 1)
-        op @ v
-        handle = model.register_forward_hook(note)
-        op @ v
-        handle.remove()
-        return max(found)
-
-    assert peak(12) <= 1.05 * peak(2)
 
 
 def test_forward_mode_is_refused_where_it_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
