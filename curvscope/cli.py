@@ -1,4 +1,4 @@
-"""The command line: ``curvscope report | train | verify | problems | doctor``.
+"""The command line: ``curvscope report | diff | train | verify | problems | doctor``.
 
 The commands are in :mod:`curvscope.commands`, one file each.
 """
@@ -28,9 +28,11 @@ Examples:
 
   curvscope report runs/digits
 
+  curvscope diff reports/before reports/after --out difference.html
+
   curvscope doctor
 
-Exit codes: 0 done, 1 a check failed, 2 an error with a message, 130 interrupted.
+Exit codes: 0 done, 1 a check failed or reports differ, 2 an error with a message, 130 interrupted.
 """
 
 
@@ -62,7 +64,7 @@ def make_app() -> Any:
     """The typer application."""
     import typer
 
-    from .commands import doctor, report, train, verify
+    from .commands import diff, doctor, report, train, verify
 
     app = typer.Typer(
         name="curvscope",
@@ -89,7 +91,7 @@ def make_app() -> Any:
         pass
 
     app.callback()(common)
-    for module in (report, train, verify, doctor):
+    for module in (report, diff, train, verify, doctor):
         module.add(app)
     return app
 

@@ -10,10 +10,11 @@ from typing import Any
 
 from ..errors import OptionError
 from ..problem import Problem
+from .differences import Difference, diff
 from .read import read_report
 from .write import atomic_folder, check_output
 
-__all__ = ["ReportPaths", "check_output", "make_report", "read_report"]
+__all__ = ["Difference", "ReportPaths", "check_output", "diff", "make_report", "read_report"]
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,14 @@ def make_report(
 
     Returns the paths. Raises ``OutputError``, before computing anything, for a folder that cannot
     be written or holds something else, and the errors of the problem itself.
+
+    Examples
+    --------
+    >>> import curvscope as cs
+    >>> problem = cs.zoo.load("digits-cnn")  # doctest: +SKIP
+    >>> paths = cs.make_report(problem, "reports/digits-cnn")  # doctest: +SKIP
+    >>> paths.html  # doctest: +SKIP
+    PosixPath('reports/digits-cnn/report.html')
     """
     if not isinstance(problem, Problem):
         raise OptionError(f"A Problem is needed, not {type(problem).__name__}.")

@@ -278,9 +278,9 @@ def _discs(found: Findings, block: str) -> Plan:
     parts: Mapping[str, Any] = {
         f"factor {name}": one
         for name, one in found.factors.get(block, {}).items()
-        if len(one.centres)
+        if one.disjoint is not None
     }
-    if not parts and block in found.blocks and len(found.blocks[block].centres):
+    if not parts and block in found.blocks and found.blocks[block].disjoint is not None:
         parts = {"the exact block": found.blocks[block]}
 
     def draw(figure: Any) -> None:

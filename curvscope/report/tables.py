@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .approximations import Approximation
 from .cells import Cell, Column, Table, finite, number
 from .findings import Findings
-from .numbers import NOTHING, percent, seconds, shown
+from .numbers import NOTHING, percent, seconds, shown, with_error
 
 
 def approximation_table(found: Findings) -> Table:
@@ -71,19 +71,21 @@ def concentration_table(found: Findings) -> Table:
                 Cell(f"{record['block']}, {record['matrix']}"),
                 Cell(shown(record["size"]), sort=record["size"]),
                 Cell(
-                    percent(record["diagonal_share"]),
+                    _percent(record, "diagonal_share"),
                     small=null,
                     sort=finite(record["diagonal_share"]),
                 ),
                 number(record["score"], 2),
                 _beside(record["disjoint"], "null", record["null_disjoint"]),
                 Cell(
-                    percent(record["dominant"]),
-                    small=f"null {percent(record['null_dominant'])}",
+                    _percent(record, "dominant"),
+                    small=""
+                    if math.isnan(record["null_dominant"])
+                    else f"null {percent(record['null_dominant'])}",
                     sort=finite(record["dominant"]),
                 ),
-                _beside(record["kaiser"], "noisy", record["kaiser_noisy"]),
-                _beside(record["snr"], "noisy", record["noisy_snr"]),
+                _beside(record["kaiser"], "noisy", record["kaiser_noisy"], record["kaiser_stderr"]),
+                _beside(record["snr"], "noisy", record["noisy_snr"], record["snr_stderr"]),
             ]
         )
     return Table(
@@ -93,10 +95,16 @@ def concentration_table(found: Findings) -> Table:
     )
 
 
-def _beside(value: Any, word: str, other: Any) -> Cell:
+def _percent(record: Mapping[str, Any], key: str) -> str:
+    error = record[f"{key}_stderr"]
+    return percent(record[key]) + (f" ± {percent(error)}" if error else "")
+
+
+def _beside(value: Any, word: str, other: Any, error: float = 0.0) -> Cell:
     sort = None if value is None or (isinstance(value, float) and math.isnan(value)) else value
     known = other is not None and not (isinstance(other, float) and math.isnan(other))
-    return Cell(shown(value), small=f"{word} {shown(other)}" if known else "", sort=sort)
+    text = with_error(value, error) if error else shown(value)
+    return Cell(text, small=f"{word} {shown(other)}" if known else "", sort=sort)
 
 
 def coverage_table(found: Findings) -> Table:

@@ -9,10 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from curvscope.report import make_report
-
 from .browser import Browser, Tab, browser, find
-from .test_report import problem
 
 pytestmark = pytest.mark.skipif(
     find() is None,
@@ -21,9 +18,8 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def html(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("pages") / "small"
-    return make_report(problem(), out, probes=4, hessian=False, verification=False).html
+def html(small_report: Path) -> Path:
+    return small_report / "report.html"
 
 
 @pytest.fixture(scope="module")

@@ -10,16 +10,13 @@ import pytest
 
 import curvscope as cs
 from curvscope.errors import CurvscopeError, OutputError, ReportError
-from curvscope.report import check_output, make_report, read_report
+from curvscope.report import check_output, read_report
 from curvscope.report.write import KIND, RUNS_KIND
-
-from .test_report import problem
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("read") / "small"
-    return make_report(problem(), out, probes=4, hessian=False, verification=False).folder
+def folder(small_report: Path) -> Path:
+    return small_report
 
 
 def changed(folder: Path, to: Path, **entries: Any) -> Path:
