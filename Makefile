@@ -6,8 +6,9 @@
 #
 #   make report PROBLEM=digits-resnet OUT=somewhere      another problem, another folder
 #   make test TORCH="torch==2.13.0"                      another build of PyTorch
-#   make bench [DATA=folder with MNIST]                 the tables of benchmarks/results/
-#   make notebooks                                      execute notebooks/ in place
+#   make bench [DATA=folder with MNIST]                  the tables of benchmarks/results/
+#   make docs                                            the documentation: site/index.html
+#   make notebooks                                       execute notebooks/ in place
 
 PYTHON  ?= python3
 VENV    ?= .venv
@@ -27,11 +28,11 @@ TAG   := $(subst /,_,$(subst $(SPACE),_,$(subst >,-,$(subst <,-,$(subst =,-,$(TO
 BASE  := $(VENV)/.installed-$(TAG)
 DEV   := $(VENV)/.installed-dev-$(TAG)
 
-.PHONY: report test lint format types unit bench notebooks clean help
+.PHONY: report test lint format types unit bench notebooks docs clean help
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '1,10s/^# \{0,1\}//p' Makefile
+	@sed -n '/^PYTHON/q;s/^# \{0,1\}//p' Makefile
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -80,6 +81,11 @@ bench: $(DEV)
 
 notebooks: $(DEV)
 	$(BIN)/python notebooks/execute.py
+
+# The documentation as a site: site/index.html
+docs: $(DEV)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "$(CURDIR)/site/index.html"
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
