@@ -1,10 +1,11 @@
 """What a monitor with its default settings adds to the time of a training.
 
-    python benchmarks/monitor.py [--data FOLDER] [--threads 2] [--seconds 60]
+    python benchmarks/monitor.py [--data FOLDER] [--threads 1] [--seconds 60] [--clock cpu]
 
 Two copies of a training take the same steps, one after the other in turns, one of them watched. The
 overhead is what the watched one takes more, over the time of the other: making the monitor, its
-steps, and ending it, all by a clock outside the monitor. Without ``--data`` (a folder with MNIST
+steps, and ending it, all by a clock outside the monitor. ``--clock cpu`` counts the processor time
+of the process, on a machine that others use as well. Without ``--data`` (a folder with MNIST
 and CIFAR-10) only ``digits-cnn`` is measured. Every row has a process of its own.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import statistics
 import subprocess
@@ -38,7 +40,10 @@ CASES: dict[str, tuple[str, ...]] = {
 }
 LIMIT = 0.05
 PARTS = 20  # of a training, for the spread of the ratio
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 Batch = tuple[torch.Tensor, torch.Tensor]
+
+now = time.perf_counter
 
 
 class Copy:
@@ -51,10 +56,10 @@ class Copy:
         self.seconds = 0.0
 
     def step(self, batch: Batch) -> float:
-        start = time.perf_counter()
+        start = now()
         x, y = batch
         value = float(self.built.step(lambda: self.loss(self.problem.user_model(x), y)))
-        self.seconds += time.perf_counter() - start
+        self.seconds += now() - start
         return value
 
 
@@ -77,46 +82,44 @@ def measure(name: str, optimizer: str, seconds: float, data: str | None) -> dict
 
     def clock() -> float:
         """Time passes for the monitor only in the steps of the watched training and in its own."""
-        return time.perf_counter() - elsewhere
+        return now() - elsewhere
 
     inside, parts, resident = 0.0, [], []
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", cs.training.MonitorWarning)
-        start = time.perf_counter()
+        start = now()
         monitor = Monitor(
             watched.problem, watched.built.optimizer, Path(folder) / "run", clock=clock
         )
-        inside += time.perf_counter() - start
-        marks, step, left = [(0.0, 0.0)], 0, time.perf_counter()
+        inside += now() - start
+        marks, step, left = [(0.0, 0.0)], 0, now()
         while plain.seconds < seconds:
             batch, step = next(source), step + 1
             for turn in (plain, watched) if step % 2 else (watched, plain):
                 if turn is plain:
                     plain.step(batch)
                     continue
-                elsewhere += time.perf_counter() - left
+                elsewhere += now() - left
                 value = watched.step(batch)
-                start = time.perf_counter()
+                start = now()
                 monitor.step(value, batch=batch)
-                left = time.perf_counter()
+                left = now()
                 inside += left - start
             if plain.seconds >= seconds * len(marks) / PARTS:
                 marks.append((plain.seconds, watched.seconds))
                 gc.collect()
                 resident.append(process.memory_info().rss)
-        elsewhere += time.perf_counter() - left
-        start = time.perf_counter()
+        elsewhere += now() - left
+        start = now()
         monitor.close()
-        inside += time.perf_counter() - start
+        inside += now() - start
         found = cs.Run(Path(folder) / "run")
         taken = {
             row["of"]: int(row["taken"])
             for row in found.rows("monitor")
             if row.get("event") == "measure"
         }
-    parts = [
-        (b[1] - a[1]) / (b[0] - a[0]) for a, b in zip(marks, marks[1:], strict=False) if b[0] > a[0]
-    ]
+    parts = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in itertools.pairwise(marks) if b[0] > a[0]]
     same = all(
         torch.equal(a, b)
         for a, b in zip(
@@ -143,13 +146,16 @@ def measure(name: str, optimizer: str, seconds: float, data: str | None) -> dict
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=2, help="threads of torch (default 2)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch (default 1)")
     parser.add_argument("--seconds", type=float, default=60, help="of each training (default 60)")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="seconds of what")
     parser.add_argument("--data", default=None, help="folder with MNIST and CIFAR-10")
     parser.add_argument("--only", nargs="*", default=list(CASES), help="names of problems")
     parser.add_argument("--one", nargs=2, default=None, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
+    global now
+    now = CLOCKS[chosen.clock]
     return chosen
 
 
@@ -174,6 +180,7 @@ def main() -> None:
         for optimizer in CASES[name]:
             command = [sys.executable, __file__, "--one", name, optimizer]
             command += ["--threads", str(chosen.threads), "--seconds", str(chosen.seconds)]
+            command += ["--clock", chosen.clock]
             command += ["--data", chosen.data] if chosen.data else []
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             found = json.loads(done.stdout.splitlines()[-1])
@@ -193,14 +200,16 @@ def main() -> None:
             f"{100 * r['own']:.1f} %", taken.get("error", "-"), taken.get("sharpness", "-"),
             others, "yes" if r["same"] else "NO", f"{r['grown'] / 2**20:+.1f} MiB",
         ))  # fmt: skip
+    kind = "of the clock on the wall" if chosen.clock == "wall" else "of processor time"
     notes = (
-        f"Two copies of a training of {chosen.seconds:g} s take turns step by step; one is watched "
-        "by a Monitor with its default settings, writing its run to disk. *Overhead*: the time of "
-        "the watched one (making and ending the monitor included) over that of the other, minus 1. "
-        "*Inside the monitor*: the part of it that passes in the monitor's own calls, by a clock "
-        "outside it. *By the monitor itself*: `monitor.overhead`. *Taken*: how often the measures "
-        "were taken within the share of 5 %. *Same bits*: whether both ended with the same "
-        "parameters and buffers. *Memory*: growth of the process over the second half."
+        f"Two copies of a training of {chosen.seconds:g} s ({kind}) take turns step by step; one "
+        "is watched by a Monitor with its default settings, which writes its run to disk. "
+        "*Overhead*: the time of the watched one (making and ending the monitor included) over "
+        "that of the other, minus 1. *Inside the monitor*: the part of it that passes in the "
+        "monitor's own calls, by a clock outside it. *By the monitor itself*: `monitor.overhead`. "
+        "*Taken*: how often the measures were taken within the share of 5 %. *Same bits*: whether "
+        "both ended with the same parameters and buffers. *Memory*: growth of the process over "
+        "the second half."
     )
     common.write("monitor", "What watching a training costs", header, written, notes)
     if any(r["overhead"] > LIMIT or not r["same"] for r in rows):

@@ -12,6 +12,7 @@ _PUBLIC = {
     "AlarmEvent": "alarms",
     "At": "schedules",
     "DampingFires": "alarms",
+    "Density": "spectral_measures",
     "Ellipse": "ellipses",
     "Error": "curvature_measures",
     "Every": "schedules",
@@ -34,10 +35,10 @@ _PUBLIC = {
     "Run": "run",
     "Schedule": "schedules",
     "Share": "schedules",
-    "Sharpness": "curvature_measures",
+    "Sharpness": "spectral_measures",
     "SnapshotSet": "snapshots",
     "Snapshots": "snapshots",
-    "Spectrum": "curvature_measures",
+    "Spectrum": "spectral_measures",
     "TooSharp": "alarms",
     "Trained": "trainings",
     "Trainings": "trainings",
@@ -76,7 +77,7 @@ if TYPE_CHECKING:
         stop,
     )
     from .callbacks import lightning_callback, transformers_callback
-    from .curvature_measures import Error, Fresh, Sharpness, Spectrum
+    from .curvature_measures import Error, Fresh
     from .ellipses import Ellipse, ellipse
     from .measures import Loss, Measure
     from .moment import Moment
@@ -87,6 +88,7 @@ if TYPE_CHECKING:
     from .run import Run
     from .schedules import At, Every, PowersOfTwo, Schedule, Share
     from .snapshots import Snapshots, SnapshotSet
+    from .spectral_measures import Density, Sharpness, Spectrum
     from .surfaces import LossSurface, loss_surface
     from .trainings import Trained, Trainings, train
     from .trajectory import PairOfPaths, ProjectedPath, Trajectories, trajectories
@@ -97,6 +99,7 @@ __all__ = [
     "AlarmEvent",
     "At",
     "DampingFires",
+    "Density",
     "Ellipse",
     "Error",
     "Every",

@@ -14,6 +14,7 @@ _MARGIN = 1.2  # measurements do not all take the same time
 _INSIDE = 0.95  # of the budget; the step after a measurement finds its caches cold
 _RESERVE = 0.005  # seconds, for ending the run
 _STEADY = 0.5  # of the budget, for all measures that are taken at every step
+_FOR_ALL = 0.25  # of what is left, for a measure's first time though another one waits
 _GUESS = 1.3  # the price of a first measurement is not known any better
 
 
@@ -51,7 +52,8 @@ class Budget:
     Training is all time between leaving the monitor and entering it again; the monitor's is all
     inside, whatever it does. A measurement is allowed if what it took before, with a margin, still
     fits. While a measure waits that has used less than its part of the budget (by weight), others
-    may not go beyond theirs: cheap measures do not starve a dear one. Steady measures have half of
+    may not go beyond theirs, but for their first time: cheap measures do not starve a dear one, nor
+    it them. Steady measures have half of
     the budget to themselves and look at nothing else, so that a training's losses are there from
     its first steps on, whatever the monitor's beginning took. ``share=None`` allows all.
     """
@@ -127,6 +129,8 @@ class Budget:
             soon = not needed > 2 * self.share * self.training
             account.waiting = soon and account.used < self._part(account)
             return False
+        if account.taken == 0 and needed <= _FOR_ALL * self.allowance:
+            return True
         others = (a for a in self.accounts.values() if a is not account)
         if any(a.waiting and a.used < self._part(a) for a in others):
             return account.used + needed <= self._part(account)

@@ -126,7 +126,7 @@ def lightning_callback(
         from lightning.pytorch.callbacks import Callback
     except ImportError:
         try:
-            from pytorch_lightning.callbacks import Callback
+            from pytorch_lightning.callbacks import Callback  # type: ignore[assignment]
         except ImportError as error:
             raise MissingPackageError(
                 "lightning_callback needs the package lightning: pip install lightning."

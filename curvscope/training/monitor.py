@@ -14,7 +14,7 @@ import torch
 
 from ..errors import OptionError, RunError, StopTraining, check_option
 from ..problem import Problem, require_problem
-from . import identity
+from . import identity, spectral_measures  # noqa: F401  (registers measures)
 from .adapters import adapter_of
 from .alarms import Alarm, AlarmEvent, MonitorWarning, Watch, default_alarms
 from .budget import Budget
@@ -84,6 +84,25 @@ class Monitor:
     what was spent stands in :attr:`overhead` and in the run. Memory does not grow with the steps.
 
     Source: Cohen et al. 2021 (arXiv 2103.00065) for ``lambda_max * lr`` against 2.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import curvscope as cs
+    >>> model = torch.nn.Linear(3, 2)
+    >>> data = torch.eye(3), torch.tensor([0, 1, 0])
+    >>> problem = cs.Problem(model, torch.nn.CrossEntropyLoss(), data)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> measures = {"loss": 1, "sharpness": 2}  # every step, every second step
+    >>> with cs.Monitor(problem, optimizer, measures=measures, budget=None) as monitor:
+    ...     for _ in range(3):
+    ...         optimizer.zero_grad()
+    ...         loss = torch.nn.functional.cross_entropy(model(data[0]), data[1])
+    ...         loss.backward()
+    ...         optimizer.step()
+    ...         monitor.step(loss)
+    >>> list(monitor.frame("loss")["step"]), list(monitor.frame("sharpness")["step"])
+    ([1, 2, 3], [2])
     """
 
     def __init__(
@@ -126,6 +145,7 @@ class Monitor:
         self.budget.open((m.name, m.weight, m.steady) for m, _ in self.measures)
         method = str(getattr(optimizer, "method", type(optimizer).__name__))
         self.watch = Watch(default_alarms() if alarms is None else alarms, method)
+        self._steady = {m.name for m, _ in self.measures if m.steady}
         self.probe = make_probe(problem, probe, seed)
         self.steps = 0
         self.stopped: AlarmEvent | None = None
@@ -237,7 +257,7 @@ class Monitor:
     def _write(self, step: int, name: str, rows: Sequence[dict[str, Any]], seconds: float) -> None:
         tensors = next((r["tensors"] for r in rows if "tensors" in r), None)
         plain = [{k: v for k, v in row.items() if k != "tensors"} for row in rows]
-        self.recorder.write(step, name, plain, seconds, tensors)
+        self.recorder.write(step, name, plain, seconds, tensors, later=name in self._steady)
 
     def record(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
         """For the taker: rows of a measure, into the run and before the alarms."""
@@ -296,6 +316,7 @@ class Monitor:
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint: plain values that ``torch.load(weights_only=True)`` reads."""
+        self.recorder.flush()
         return {
             "run": self.recorder.id,
             "step": self.steps,

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..errors import OptionError, RunError
 from .lines import CONTINUED
 from .run import Run
-from .store import Memory, Writer
+from .store import Memory, Record, Writer
+
+_LATER = 0.5  # seconds for which cheap records wait for others
 
 
 class Recorder:
@@ -26,6 +29,8 @@ class Recorder:
         self._warn = warn
         self._store: Writer | Memory = Memory(header) if path is None else Writer(path, header)
         self.writing = True
+        self._later: list[Record] = []
+        self._since = 0.0
 
     @property
     def id(self) -> str:
@@ -66,33 +71,62 @@ class Recorder:
         rows: Sequence[Mapping[str, Any]],
         seconds: float,
         tensors: Any = None,
+        *,
+        later: bool = False,
     ) -> None:
-        """One record; ``seconds`` of training. An ``OSError`` ends the writing only."""
+        """One record; ``seconds`` of training. An ``OSError`` ends the writing only.
+
+        ``later`` ones, such as the loss of every step, are kept until another one comes or half a
+        second has passed, and then written together.
+        """
         if not self.writing or not rows:
             return
-        rows = [{"seconds": round(seconds, 6), **row} for row in rows]
+        stamped = [{"seconds": round(seconds, 6), **row} for row in rows]
+        now = time.monotonic()
+        if later:
+            if not self._later:
+                self._since = now
+            self._later.append((step, measure, stamped))
+            if now - self._since < _LATER:
+                return
+        self.flush()
+        if not later and self.writing:
+            self._store_or_give_up(
+                step, lambda: self._store.append(step, measure, stamped, tensors)
+            )
+
+    def flush(self) -> None:
+        """Write what was kept for later."""
+        records, self._later = self._later, []
+        if records and self.writing:
+            self._store_or_give_up(records[0][0], lambda: self._store.extend(records))
+
+    def _store_or_give_up(self, step: int, write: Callable[[], None]) -> None:
         try:
-            self._store.append(step, measure, rows, tensors)
+            write()
         except OSError as error:
             self.give_up()
             self._warn(
-                f"Step {step}: the run {self.path} can no longer be written ({error}). Training "
-                "goes on without records; those written so far are complete."
+                f"Step {step}: the run {self.path} can no longer be written ({error}). "
+                "Training goes on without records; those written so far are complete."
             )
 
     def give_up(self) -> None:
         """Write nothing more."""
         self.writing = False
+        self._later = []
         self._store.close()
 
     def close(self) -> None:
         """Everything to the disk."""
+        self.flush()
         if self.writing:
             self._store.close()
             self.writing = False
 
     def frame(self, measure: str | None) -> Any:
         """Records as a pandas frame."""
+        self.flush()
         if self.path is not None:
             return Run(self.path).frame(measure)
         import pandas as pd

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from ..errors import OptionError, RunError, nearest
@@ -33,8 +34,25 @@ class Run:
 
     Raises ``RunError`` if the folder is no run. Cost: one pass over the record file.
 
-    >>> run = Run("runs/kbfgs")                                             # doctest: +SKIP
-    >>> run.frame("error").pivot(index="step", columns="block", values="error")  # doctest: +SKIP
+    Examples
+    --------
+    >>> import tempfile
+    >>> import torch
+    >>> import curvscope as cs
+    >>> model, path = torch.nn.Linear(3, 2), tempfile.mkdtemp() + "/run"
+    >>> data = torch.eye(3), torch.tensor([0, 1, 0])
+    >>> problem = cs.Problem(model, torch.nn.CrossEntropyLoss(), data)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> with cs.Monitor(problem, optimizer, path, measures=["loss"], budget=None) as monitor:
+    ...     for _ in range(2):
+    ...         optimizer.zero_grad()
+    ...         loss = torch.nn.functional.cross_entropy(model(data[0]), data[1])
+    ...         loss.backward()
+    ...         optimizer.step()
+    ...         monitor.step(loss)
+    >>> run = cs.Run(path)
+    >>> run.name, run.measures, run.last_step
+    ('Linear, SGD', ('loss',), 2)
     """
 
     def __init__(self, path: str | os.PathLike[str], *, superseded: bool = False) -> None:
@@ -176,10 +194,30 @@ class Run:
     def spectra(self) -> dict[int, dict[str, Tensor]]:
         """By step, the tensors of the measure ``"spectrum"``.
 
-        ``"eigenvalues"`` and ``"residuals"`` of the leading ones, in the order of the rows, and
-        ``"grid"`` and ``"density"`` where a density was asked for.
+        ``"eigenvalues"`` and ``"residuals"`` of the leading ones, in the order of the rows.
         """
         return self._by_step("spectrum")
+
+    def densities(self, points: int = 200) -> tuple[list[int], Tensor, Tensor]:
+        """Steps, grid ``[points]`` and densities ``[steps, points]`` of the measure ``"density"``.
+
+        What ``cs.plot.plot_density_over_steps`` draws: every density, interpolated on one grid that
+        reaches over all of them. Raises ``OptionError`` where none was measured.
+        """
+        import numpy as np
+
+        found = self._by_step("density")
+        if not found:
+            raise OptionError(
+                'This run has no densities: cs.Monitor(..., measures=["default", "density"]).'
+            )
+        ends = [(float(t["grid"][0]), float(t["grid"][-1])) for t in found.values()]
+        grid = np.linspace(min(a for a, _ in ends), max(b for _, b in ends), points)
+        curves = [
+            np.interp(grid, t["grid"].double(), t["density"].double(), left=0, right=0)
+            for t in found.values()
+        ]
+        return list(found), torch.from_numpy(grid), torch.from_numpy(np.stack(curves))
 
     def _by_step(self, measure: str) -> dict[int, dict[str, Tensor]]:
         found = {}

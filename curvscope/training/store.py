@@ -26,6 +26,7 @@ from . import lines
 
 FORMAT = 1
 HEADER, RECORDS, TENSORS = "run.json", "records.jsonl", "tensors"
+Record = tuple[int, str, Sequence[Mapping[str, Any]]]  # step, measure, rows
 _SYNC = 5.0  # seconds between forcing the records to the disk
 
 
@@ -111,7 +112,11 @@ class Writer:
         own = [dict(row) for row in rows]
         if tensors:
             own[0]["file"] = self._write_tensors(step, measure, tensors)
-        content = lines.encode(step, measure, own)
+        self.extend([(step, measure, own)])
+
+    def extend(self, records: Sequence[Record]) -> None:
+        """Write several records without tensors at once; otherwise as :meth:`append`."""
+        content = b"".join(lines.encode(*record) for record in records)
         try:
             _write(self._handle, content)
         except OSError:
@@ -119,7 +124,7 @@ class Writer:
                 os.ftruncate(self._handle, self._end)
             raise
         self._end += len(content)
-        self.rows += len(rows)
+        self.rows += sum(len(rows) for _, _, rows in records)
         if time.monotonic() - self._synced > _SYNC:
             self.sync()
 
@@ -186,8 +191,13 @@ class Memory:
         tensors: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Keep the rows of a record; its tensors are let go."""
-        self.kept.extend({"step": step, "measure": measure, **row} for row in rows)
-        self.rows += len(rows)
+        self.extend([(step, measure, rows)])
+
+    def extend(self, records: Sequence[Record]) -> None:
+        """Keep the rows of several records."""
+        for step, measure, rows in records:
+            self.kept.extend({"step": step, "measure": measure, **row} for row in rows)
+            self.rows += len(rows)
 
     def sync(self) -> None:
         """Nothing to do."""

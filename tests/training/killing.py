@@ -2,7 +2,7 @@
 
 ``python -m tests.training.killing`` reads lines ``FOLDER SECONDS`` and, for each, forks a training
 that continues from the folder's checkpoint and kills it with signal 9 after so many seconds
-(``-1``: never). It answers ``done`` or ``killed``. Importing once and forking makes it quick.
+(``-1``: never). It answers ``done`` or ``killed``. Importing once and forking make it quick.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -26,13 +27,13 @@ MEASURES: dict[Any, Any] = {
     "loss": 1,
     "gradient": 3,
     "error": 4,
-    "spectrum": Every(5),
+    cs.training.Spectrum(count=3, steps=6): Every(5),
     "diagnostics": 2,
 }
 
 
 def train(folder: Path) -> None:
-    """Continue from the checkpoint, if there is one, to step 24."""
+    """Continue from the checkpoint, if there is one, to step 16."""
     model = plain_net()
     optimizer = OPTIMIZERS["K-BFGS"](model)
     monitor = cs.Monitor(
@@ -67,6 +68,8 @@ def serve() -> None:
     """See the module."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as folder:
+        train(Path(folder))  # what is imported late is there for all of them
     print("ready", flush=True)
     for line in sys.stdin:
         folder, seconds = line.rsplit(maxsplit=1)

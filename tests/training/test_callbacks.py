@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import types
 from pathlib import Path
 from typing import Any
@@ -161,8 +162,16 @@ def test_packages_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         cs.training.transformers_callback(problem_of)
 
 
+def imported(name: str) -> Any:
+    """A package, or a skip where it is missing or does not go with the installed torch."""
+    try:
+        return importlib.import_module(name)
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"{name} cannot be imported here: {error}")
+
+
 def test_with_lightning_itself(tmp_path: Path) -> None:
-    lightning = pytest.importorskip("lightning.pytorch")
+    lightning = imported("lightning.pytorch")
 
     class Module(lightning.LightningModule):
         def __init__(self) -> None:
@@ -195,7 +204,7 @@ def test_with_lightning_itself(tmp_path: Path) -> None:
 
 
 def test_with_transformers_itself(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
+    transformers = imported("transformers")
     assert issubclass(
         type(cs.training.transformers_callback(problem_of)), transformers.TrainerCallback
     )

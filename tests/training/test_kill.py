@@ -18,7 +18,8 @@ import curvscope as cs
 from curvscope.training import lines
 from tests.training.killing import MEASURES, STEPS
 
-MOMENTS = int(os.environ.get("CURVSCOPE_KILLS", "6"))
+MOMENTS = int(os.environ.get("CURVSCOPE_KILLS", "20"))
+NAMES = {getattr(measure, "name", measure) for measure in MEASURES} | {"snapshot"}
 ROOT = Path(__file__).parents[2]
 
 
@@ -53,7 +54,7 @@ def content(path: Path) -> dict[tuple[int, str], list[dict[str, Any]]]:
     """Rows by step and measure, without what differs between two trainings: seconds."""
     found: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for row in cs.Run(path).records:
-        if row["measure"] in MEASURES or row["measure"] == "snapshot":
+        if row["measure"] in NAMES:
             kept = {k: v for k, v in row.items() if k not in ("seconds", "file")}
             found.setdefault((row["step"], row["measure"]), []).append(kept)
     return found

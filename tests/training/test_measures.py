@@ -170,6 +170,31 @@ def test_sharpness_trace_spectrum_and_concentration(tmp_path: Path) -> None:
         assert far == pytest.approx(float((P - nearest).norm() / P.norm()), rel=1e-6)
 
 
+def test_densities_are_those_of_cs_density(tmp_path: Path) -> None:
+    seen: dict[int, Any] = {}
+
+    def by_hand(monitor: cs.Monitor, step: int) -> None:
+        seen[step] = cs.density(cs.ggn(monitor.probe), probes=3, steps=12, points=60, seed=3)
+
+    measure = cs.training.Density(probes=3, steps=12, points=60)
+    run = watch("Adam", tmp_path / "r", by_hand, {measure: None}, every=3)
+    rows = {row["step"]: row for row in run.rows("density")}
+    assert list(rows) == [3, 6]
+    for step, row in rows.items():
+        tensors, hand = run.tensors(row), seen[step]
+        assert torch.allclose(tensors["grid"], hand.grid.float(), rtol=1e-5, atol=1e-6)
+        assert torch.allclose(tensors["density"], hand.density.float(), rtol=1e-4, atol=1e-4)
+        assert row["mean"] == pytest.approx(float(hand.moments[0]), rel=1e-8)
+        assert row["largest"] == pytest.approx(float(hand.nodes[hand.weights > 0].max()))
+    steps, grid, densities = run.densities(points=300)
+    assert steps == [3, 6] and densities.shape == (2, 300)
+    whole = torch.trapezoid(densities, grid)  # every density has the integral one
+    assert torch.allclose(whole, torch.ones(2, dtype=torch.float64), atol=0.05)
+    cs.plot.plot_density_over_steps(steps, grid, densities)
+    with pytest.raises(cs.errors.OptionError, match="no densities"):
+        watch("Adam", tmp_path / "none", lambda *_: None, ["loss"]).densities()
+
+
 def test_staleness_compares_old_with_fresh_factors(tmp_path: Path) -> None:
     expected: dict[int, float] = {}
 
