@@ -16,7 +16,16 @@ _lines_since: ContextVar[float | None] = ContextVar("curvscope_lines", default=N
 
 @contextlib.contextmanager
 def show_progress(shown: bool = True) -> Iterator[None]:
-    """Show (or hide) progress bars with the time left for everything computed inside."""
+    """Show (or hide) progress bars with the time left for everything computed inside.
+
+    Examples
+    --------
+    >>> import torch
+    >>> matrix = torch.eye(3)
+    >>> import curvscope as cs
+    >>> with cs.show_progress():
+    ...     found = cs.trace(matrix)
+    """
     token = _shown.set(shown)
     try:
         yield

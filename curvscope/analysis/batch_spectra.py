@@ -149,6 +149,17 @@ def batch_spectra(
 
     Source: Granziol, Zohren and Roberts, "Learning rates as a function of batch size: a random
     matrix theory approach to neural network training" (JMLR 23, 2022; arXiv 2006.09092).
+
+    Examples
+    --------
+    >>> import torch
+    >>> import curvscope as cs
+    >>> model = torch.nn.Linear(3, 2)
+    >>> data = torch.eye(3), torch.tensor([0, 1, 0])
+    >>> problem = cs.Problem(model, torch.nn.CrossEntropyLoss(), data)
+    >>> found = cs.batch_spectra(problem, [1, 3], matrix="ggn", draws=2, k=1)
+    >>> found.values.shape
+    torch.Size([2, 2, 1])
     """
     require_problem(problem)
     check_option("matrix", matrix, _KINDS)

@@ -104,6 +104,21 @@ def compare(
 
     Source: Van Loan and Pitsianis 1993 for the nearest Kronecker product beside each error; the
     other metrics are defined in :data:`~curvscope.analysis.metrics.METRICS`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import curvscope as cs
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+    >>> data = torch.eye(3), torch.tensor([0, 1, 0])
+    >>> problem = cs.Problem(model, torch.nn.CrossEntropyLoss(), data)
+    >>> found = cs.compare(cs.ggn(problem), {"K-FAC": cs.kfac(problem)})
+    >>> frame = found.to_frame()
+    >>> list(frame["block"])
+    ['0', '2', '(all)']
+    >>> row = found.row("2", "K-FAC")
+    >>> row.best_in_class <= row.error
+    True
     """
     start = time.perf_counter()
     reference, others = align(reference, approximations)

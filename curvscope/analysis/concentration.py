@@ -86,6 +86,14 @@ def concentration(
 
     Raises ``OptionError`` for a matrix that is empty or not symmetric and for options that do not
     fit, ``ShapeError`` for one that is not square.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import curvscope as cs
+    >>> found = cs.concentration(torch.tensor([[3.0, 1.0], [1.0, 3.0]]))
+    >>> round(found.diagonal_share, 3), found.disjoint
+    (0.9, 0)
     """
     start = time.perf_counter()
     if noise < 0 or not math.isfinite(noise):

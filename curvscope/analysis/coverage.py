@@ -217,6 +217,17 @@ def coverage(problem: Problem) -> Coverage:
     problem is no error: ``.not_available`` holds its reason.
 
     Source: the conditions are those of the methods' own functions, which are asked here.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import curvscope as cs
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+    >>> data = torch.eye(3), torch.tensor([0, 1, 0])
+    >>> problem = cs.Problem(model, torch.nn.CrossEntropyLoss(), data)
+    >>> found = cs.coverage(problem)
+    >>> found.cell("0.weight", "K-FAC").status, found.shares["K-FAC"]
+    ('covered', 1.0)
     """
     start = time.perf_counter()
     if not isinstance(problem, Problem):

@@ -101,6 +101,17 @@ def local_model(
 
     Cost: one product with ``matrix`` and ``points + 31`` gradients at most. Raises
     ``ShapeError`` for a direction of another size, ``OptionError`` for a zero direction.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import curvscope as cs
+    >>> model = torch.nn.Linear(3, 2)
+    >>> data = torch.eye(3), torch.tensor([0, 1, 0])
+    >>> problem = cs.Problem(model, torch.nn.CrossEntropyLoss(), data)
+    >>> found = cs.local_model(problem, cs.hessian(problem))
+    >>> found.radius > 0
+    True
     """
     require_problem(problem)
     start = time.perf_counter()

@@ -78,6 +78,17 @@ def gradient_noise(
     Cost: two passes over the data and one product with the matrix of second moments
     (three products more per probe). Raises ``DataError`` for a single sample and
     ``BatchNormError`` where samples of a batch have no gradients of their own.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import curvscope as cs
+    >>> model = torch.nn.Linear(3, 2)
+    >>> data = torch.eye(3), torch.tensor([0, 1, 0])
+    >>> problem = cs.Problem(model, torch.nn.CrossEntropyLoss(), data)
+    >>> found = cs.gradient_noise(problem)
+    >>> found.samples, found.variance > 0
+    (3, True)
     """
     require_problem(problem)
     for name, value in (("theta", theta), ("nu", nu)):

@@ -230,6 +230,14 @@ def spectrum(
 
     Source: the eigenvalues of ``G (x) A`` are the products of those of ``G`` and ``A`` (Van Loan
     2000, section 1); effective rank as in Roy and Vetterli 2007.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import curvscope as cs
+    >>> found = cs.spectrum(torch.diag(torch.tensor([4.0, -1.0, 0.0])))
+    >>> found.largest, found.negative, found.zero
+    (4.0, 1, 1)
     """
     start = time.perf_counter()
     op = as_operator(op)

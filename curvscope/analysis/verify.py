@@ -163,6 +163,17 @@ def verify(
 
     Source: each check states its own reference; plain double backward (Pearlmutter 1994) and
     central differences stand behind most of them.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import curvscope as cs
+    >>> model = torch.nn.Linear(3, 2)
+    >>> data = torch.eye(3), torch.tensor([0, 1, 0])
+    >>> problem = cs.Problem(model, torch.nn.CrossEntropyLoss(), data)
+    >>> found = cs.verify(problem)
+    >>> found.trusted, found.trust["GGN"]
+    (True, 'trust')
     """
     start = time.perf_counter()
     if not isinstance(problem, Problem):

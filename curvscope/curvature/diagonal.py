@@ -50,6 +50,17 @@ def exact_diagonal(problem: Problem, matrix: str = "ggn") -> BlockDiagonalOperat
 
     Source: the definition; by squares of back-propagated vectors as in Dangel, Kunstner and Hennig
     2020, section 2.3.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import curvscope as cs
+    >>> model = torch.nn.Linear(3, 2)
+    >>> data = torch.eye(3), torch.tensor([0, 1, 0])
+    >>> problem = cs.Problem(model, torch.nn.CrossEntropyLoss(), data)
+    >>> op = cs.exact_diagonal(problem, "ggn")
+    >>> torch.allclose(op.diagonal(), cs.ggn(problem).dense().diagonal(), atol=1e-6)
+    True
     """
     check_option("matrix", matrix, _KINDS)
     kind = Kind(_KINDS[matrix])
@@ -140,6 +151,17 @@ def hutchinson_diagonal(
 
     Source: Bekas, Kokiopoulou and Saad 2007, section 2; Yao et al. 2021 (AdaHessian), section 3,
     for ``spatial`` section 3.2.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import curvscope as cs
+    >>> model = torch.nn.Linear(3, 2)
+    >>> data = torch.eye(3), torch.tensor([0, 1, 0])
+    >>> problem = cs.Problem(model, torch.nn.CrossEntropyLoss(), data)
+    >>> op = cs.hutchinson_diagonal(problem, probes=10, seed=0)
+    >>> op.diagonal().shape
+    torch.Size([8])
     """
     check_option("matrix", matrix, _KINDS)
     if not isinstance(probes, int) or probes < 1:
@@ -215,6 +237,17 @@ def diagonal_kf(
     ``NonFiniteError``, ``NonDeterministicError``).
 
     Source: Martins Gomes et al. 2025 (AdaFisher), section 3 and appendix A.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import curvscope as cs
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+    >>> data = torch.eye(3), torch.tensor([0, 1, 0])
+    >>> problem = cs.Problem(model, torch.nn.CrossEntropyLoss(), data)
+    >>> op = cs.diagonal_kf(problem)
+    >>> op.blocks["0"].factors["A"].shape
+    torch.Size([4])
     """
     check_option("normalise", normalise, (None, "minmax"))
     check_option("scale", scale, ("curvature", "adafisher"))

@@ -48,6 +48,17 @@ def kfra(problem: Problem, *, uncovered: str = "raise") -> BlockDiagonalOperator
     ``NonFiniteError``, ``NonDeterministicError``).
 
     Source: Botev, Ritter and Barber 2017, eq. 19, for Linear layers with elementwise activations.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import curvscope as cs
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+    >>> data = torch.eye(3), torch.tensor([0, 1, 0])
+    >>> problem = cs.Problem(model, torch.nn.CrossEntropyLoss(), data)
+    >>> op = cs.kfra(problem)
+    >>> list(op.blocks)
+    ['0', '2']
     """
     start = time.perf_counter()
     kind = Kind(GGN)

@@ -288,6 +288,19 @@ def kfac(
 
     Source: Martens and Grosse 2015, eq. 1; for convolutions Grosse and Martens 2016, section 3
     (KFC, here ``"expand"``); for shared weights Eschenhagen et al. 2023, section 3.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import curvscope as cs
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+    >>> data = torch.eye(3), torch.tensor([0, 1, 0])
+    >>> problem = cs.Problem(model, torch.nn.CrossEntropyLoss(), data)
+    >>> op = cs.kfac(problem)
+    >>> op.blocks["2"].G.shape, op.blocks["2"].A.shape
+    (torch.Size([2, 2]), torch.Size([5, 5]))
+    >>> bool(cs.compare(cs.ggn(problem), {"K-FAC": op}).best().error < 1)
+    True
     """
     check_option("sharing", sharing, ("expand", "reduce"))
     kind = label_kind(problem, fisher, seed, samples)
@@ -319,6 +332,16 @@ def kflr(
     ``NonFiniteError``, ``NonDeterministicError``).
 
     Source: Botev, Ritter and Barber 2017 (there for Linear layers).
+
+    Examples
+    --------
+    >>> import torch
+    >>> import curvscope as cs
+    >>> model = torch.nn.Linear(3, 2)
+    >>> data = torch.eye(3), torch.tensor([0, 1, 0])
+    >>> problem = cs.Problem(model, torch.nn.CrossEntropyLoss(), data)
+    >>> torch.allclose(cs.kflr(problem).dense(), cs.kfac(problem, fisher="exact").dense())
+    True
     """
     check_option("sharing", sharing, ("expand", "reduce"))
     kind = Kind(GGN)
@@ -347,6 +370,18 @@ def foof(
     ``NonFiniteError``, ``NonDeterministicError``).
 
     Source: Benzing 2022, section 4.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import curvscope as cs
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+    >>> data = torch.eye(3), torch.tensor([0, 1, 0])
+    >>> problem = cs.Problem(model, torch.nn.CrossEntropyLoss(), data)
+    >>> op = cs.foof(problem)  # the factor of gradients is a multiple of the identity
+    >>> G = op.blocks["2"].G
+    >>> torch.equal(G, G[0, 0] * torch.eye(2))
+    True
     """
     check_option("sharing", sharing, ("expand", "reduce"))
     kind = Kind(GGN)
@@ -385,6 +420,17 @@ def ekfac(
     Raises what :func:`kfac` raises.
 
     Source: George et al. 2018, section 3 (the diagonal of eq. 8 in the Kronecker eigenbasis).
+
+    Examples
+    --------
+    >>> import torch
+    >>> import curvscope as cs
+    >>> model = torch.nn.Linear(3, 2)
+    >>> data = torch.eye(3), torch.tensor([0, 1, 0])
+    >>> problem = cs.Problem(model, torch.nn.CrossEntropyLoss(), data)
+    >>> op, exact = cs.ekfac(problem), cs.ggn(problem)
+    >>> abs(op.trace() - exact.trace()) < 1e-5
+    True
     """
     base = kfac(problem, fisher=fisher, sharing=sharing, samples=samples, seed=seed)
     kind = label_kind(problem, fisher, seed, samples)

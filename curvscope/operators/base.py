@@ -43,6 +43,16 @@ class Operator(Shown, ABC):
     them out as the weight matrix on which Kronecker factors act (``None`` where there is none),
     ``info`` says where the matrix came from, ``positive_semidefinite`` is ``True`` where that is
     known by construction and ``None`` where it is not known.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import curvscope as cs
+    >>> op = cs.operators.DenseOperator(torch.tensor([[2.0, 1.0], [1.0, 3.0]]))
+    >>> op @ torch.tensor([1.0, 0.0])
+    tensor([2., 1.])
+    >>> op.trace(), op.damped(1.0).diagonal().tolist()
+    (5.0, [3.0, 4.0])
     """
 
     shape: tuple[int, int]

@@ -113,7 +113,9 @@ class AdaFisher(CurvatureOptimizer):
     Cost: one pass over inputs and output gradients of each layer per statistics step, and no
     patches; otherwise that of SGD with momentum. State: one number per parameter and the factors.
 
-    >>> optimizer = AdaFisher(torch.nn.Linear(3, 2), lr=1e-3)
+    >>> import torch
+    >>> import curvscope as cs
+    >>> optimizer = cs.optim.AdaFisher(torch.nn.Linear(3, 2), lr=1e-3)
     """
 
     method: ClassVar[str] = "AdaFisher"
@@ -351,7 +353,9 @@ class AdaFisherW(AdaFisher):
 
     ``theta <- theta - lr (m^ / F~ + weight_decay theta)``; all else is as in :class:`AdaFisher`.
 
-    >>> optimizer = AdaFisherW(torch.nn.Linear(3, 2), lr=1e-3, weight_decay=1e-2)
+    >>> import torch
+    >>> import curvscope as cs
+    >>> optimizer = cs.optim.AdaFisherW(torch.nn.Linear(3, 2), lr=1e-3, weight_decay=1e-2)
     """
 
     method: ClassVar[str] = "AdaFisherW"

@@ -99,7 +99,9 @@ class AdaHessian(EveryParameter):
 
     Cost: a step is one gradient and, per probe, one product of about two more. State: ``m``, ``v``.
 
-    >>> optimizer = AdaHessian(torch.nn.Linear(3, 2), lr=0.15)
+    >>> import torch
+    >>> import curvscope as cs
+    >>> optimizer = cs.optim.AdaHessian(torch.nn.Linear(3, 2), lr=0.15)
     """
 
     method: ClassVar[str] = "AdaHessian"

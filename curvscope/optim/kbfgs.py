@@ -81,6 +81,23 @@ class KBFGS(CurvatureOptimizer):
     Cost of a step in gradients: 1 + 0.67 for the passes, about 0.9 for factors and direction.
     Memory: ``M``, and ``2 in^2 + out^2`` numbers per layer (with a memory ``2 m out`` for
     ``out^2``).
+
+    Examples
+    --------
+    >>> import torch
+    >>> import curvscope as cs
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    >>> inputs, targets = torch.eye(3), torch.ones(3, 2)
+    >>> optimizer = cs.optim.KBFGS(model, lr=0.1, damping=0.3)
+    >>> def closure():
+    ...     optimizer.zero_grad()
+    ...     loss = torch.nn.functional.mse_loss(model(inputs), targets)
+    ...     loss.backward()
+    ...     return loss
+    >>> for _ in range(3):
+    ...     loss = optimizer.step(closure)
+    >>> list(optimizer.curvature().blocks)
+    ['0', '2']
     """
 
     layer_types = (nn.Linear, *CONVOLUTIONS)

@@ -93,6 +93,23 @@ class KFAC(CurvatureOptimizer):
 
     It covers Linear and Conv1d, 2d, 3d; other parameters follow ``fallback``. Memory: ``M``, and
     ``2 in^2 + 2 out^2`` numbers per layer.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import curvscope as cs
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    >>> inputs, targets = torch.eye(3), torch.ones(3, 2)
+    >>> optimizer = cs.optim.KFAC(model, lr=0.1, damping=0.1)
+    >>> def closure():
+    ...     optimizer.zero_grad()
+    ...     loss = torch.nn.functional.mse_loss(model(inputs), targets)
+    ...     loss.backward()
+    ...     return loss
+    >>> for _ in range(3):
+    ...     loss = optimizer.step(closure)
+    >>> optimizer.curvature().blocks["2"].G.shape
+    torch.Size([2, 2])
     """
 
     method = "K-FAC"

@@ -107,7 +107,9 @@ class MFAC(EveryParameter):
     Cost: a step reads the window twice (``2 m P`` multiplications) and solves ``m`` equations.
     State: ``(memory + 1) P`` numbers.
 
-    >>> optimizer = MFAC(torch.nn.Linear(3, 2), lr=1e-3, damping=1e-3, memory=10)
+    >>> import torch
+    >>> import curvscope as cs
+    >>> optimizer = cs.optim.MFAC(torch.nn.Linear(3, 2), lr=1e-3, damping=1e-3, memory=10)
     """
 
     method: ClassVar[str] = "M-FAC"

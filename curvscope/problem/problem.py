@@ -82,6 +82,20 @@ class Problem(Shown):
     Raises errors of :mod:`curvscope.errors`: ``ModelError``, ``DataError``,
     ``UnsupportedLossError``, ``OptionError``, ``BatchNormError`` at once; ``TargetError``,
     ``NonFiniteError``, ``NonDeterministicError`` at the first computation, once.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import curvscope as cs
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+    >>> data = torch.eye(3), torch.tensor([0, 1, 0])
+    >>> problem = cs.Problem(model, torch.nn.CrossEntropyLoss(), data)
+    >>> problem
+    Problem('Sequential', 26 parameters, blocks=['0', '2'], loss='CrossEntropyLoss')
+    >>> problem.blocks["2"]
+    ('2.weight', '2.bias')
+    >>> problem.gradient().shape
+    torch.Size([26])
     """
 
     def __init__(

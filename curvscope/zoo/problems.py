@@ -133,6 +133,12 @@ def load(
         UnknownProblemError: no such name; the message has the nearest ones.
         DataError: the files are missing or damaged; the message says what was looked for.
         OptionError: ``samples`` or ``dtype`` cannot be used.
+
+    Examples:
+        >>> import curvscope as cs
+        >>> problem = cs.zoo.load("digits-cnn", trained=False)
+        >>> problem.layout.numel, problem.n_samples
+        (1898, 1541)
     """
     origin = entry(name)
     if dtype is not None and not dtype.is_floating_point:

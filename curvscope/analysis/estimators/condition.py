@@ -65,6 +65,14 @@ def condition_number(
 
     Source: Golub and Van Loan, "Matrix Computations", 2.6.2; bounds as in
     :func:`norm`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import curvscope as cs
+    >>> matrix = torch.diag(torch.tensor([4.0, 2.0, 1.0], dtype=torch.float64))
+    >>> round(cs.condition_number(matrix, damping=1.0).value, 4)  # 5/2
+    2.5
     """
     begun = time.perf_counter()
     op = matrix_of(op)

@@ -123,6 +123,14 @@ def diagonal(
 
     Source: Bekas, Kokiopoulou and Saad 2007; Epperly, Tropp and Webber, "XTrace", section 2.2, 2024
     (arXiv 2301.07825).
+
+    Examples
+    --------
+    >>> import torch
+    >>> import curvscope as cs
+    >>> matrix = torch.diag(torch.tensor([4.0, 2.0, 1.0], dtype=torch.float64))
+    >>> cs.diagonal(matrix).value
+    tensor([4., 2., 1.], dtype=torch.float64)
     """
     begun = time.perf_counter()
     op = matrix_of(op)

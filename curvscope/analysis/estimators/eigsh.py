@@ -98,6 +98,15 @@ def eigsh(
     Source: Wu and Simon, "Thick-restart Lanczos method for large symmetric eigenvalue problems"
     (SIAM J. Matrix Anal. 22, 2000); the look beside bounds weights by the Christoffel function
     (Golub and Meurant, "Matrices, Moments and Quadrature", 2010, section 3).
+
+    Examples
+    --------
+    >>> import torch
+    >>> import curvscope as cs
+    >>> matrix = torch.diag(torch.tensor([4.0, 2.0, 1.0], dtype=torch.float64))
+    >>> found = cs.eigsh(matrix, 2)
+    >>> [round(value, 6) for value in found.values.tolist()], found.converged
+    ([4.0, 2.0], True)
     """
     begun = time.perf_counter()
     op = matrix_of(op)
@@ -181,6 +190,14 @@ def negative_curvature(
     :func:`eigsh` raises.
 
     Source: as :func:`eigsh`; its use for saddle points, Dauphin et al. 2014 (arXiv 1406.2572).
+
+    Examples
+    --------
+    >>> import torch
+    >>> import curvscope as cs
+    >>> found = cs.negative_curvature(torch.diag(torch.tensor([2.0, -1.0])))
+    >>> found.negative, round(found.value, 6)
+    (True, -1.0)
     """
     op = matrix_of(op)
     pairs = eigsh(

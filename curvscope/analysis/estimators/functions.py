@@ -70,6 +70,14 @@ def logdet(
 
     Source: Ubaru, Chen and Saad, "Fast estimation of tr f(A) via stochastic Lanczos quadrature"
     (SIAM J. Matrix Anal. 38, 2017).
+
+    Examples
+    --------
+    >>> import torch
+    >>> import curvscope as cs
+    >>> matrix = torch.diag(torch.tensor([4.0, 2.0, 1.0], dtype=torch.float64))
+    >>> round(cs.logdet(matrix).value, 4)  # log 8
+    2.0794
     """
     op = matrix_of(op)
     shift = _damping(damping)
@@ -115,6 +123,14 @@ def effective_dimension(
     finite.
 
     Source: MacKay, "Bayesian interpolation", 1992 (eq. 4.9); quadrature as in :func:`logdet`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import curvscope as cs
+    >>> matrix = torch.diag(torch.tensor([4.0, 2.0, 1.0], dtype=torch.float64))
+    >>> round(cs.effective_dimension(matrix, damping=1.0).value, 4)  # 4/5 + 2/3 + 1/2
+    1.9667
     """
     op = matrix_of(op)
     shift = _damping(damping)

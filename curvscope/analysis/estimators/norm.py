@@ -71,6 +71,16 @@ def norm(
 
     Source: Hutchinson 1990 for ``A^2``; Lanczos as in :func:`eigsh`, its bound by the Christoffel
     function of the start (Golub and Meurant, "Matrices, Moments and Quadrature", 2010).
+
+    Examples
+    --------
+    >>> import torch
+    >>> import curvscope as cs
+    >>> matrix = torch.diag(torch.tensor([4.0, 2.0, 1.0], dtype=torch.float64))
+    >>> cs.norm(matrix, "fro").value == 21**0.5
+    True
+    >>> round(cs.norm(matrix, "spectral").value, 6)
+    4.0
     """
     begun = time.perf_counter()
     op = matrix_of(op)
@@ -206,6 +216,14 @@ def cosine(
     that is not symmetric and a budget below 4, ``NonFiniteError`` for products that are not finite.
 
     Source: Hutchinson 1990 for ``A B``; linearisation of a ratio (delta method).
+
+    Examples
+    --------
+    >>> import torch
+    >>> import curvscope as cs
+    >>> matrix = torch.diag(torch.tensor([4.0, 2.0, 1.0], dtype=torch.float64))
+    >>> round(cs.cosine(matrix, torch.eye(3, dtype=torch.float64)).value, 4)
+    0.8819
     """
     begun = time.perf_counter()
     one, two = matrix_of(first, "The first matrix"), matrix_of(second, "The second matrix")

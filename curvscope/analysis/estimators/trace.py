@@ -73,6 +73,18 @@ def trace(
 
     Source: Hutchinson 1990; Meyer, Musco, Musco and Woodruff, "Hutch++", 2021 (arXiv 2010.09649);
     Epperly, Tropp and Webber, "XTrace", 2024 (arXiv 2301.07825).
+
+    Examples
+    --------
+    >>> import torch
+    >>> import curvscope as cs
+    >>> matrix = torch.diag(torch.tensor([4.0, 2.0, 1.0], dtype=torch.float64))
+    >>> found = cs.trace(matrix)
+    >>> found.value, found.stderr, found.exact
+    (7.0, 0.0, True)
+    >>> rough = cs.trace(matrix, method="hutchinson", budget=20)
+    >>> rough.low <= 7.0 <= rough.high
+    True
     """
     begun = time.perf_counter()
     op = matrix_of(op)
