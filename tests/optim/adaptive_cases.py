@@ -126,3 +126,22 @@ def batch(t: int):
 def run(method, model, optimizer, steps, start=0):
     for t in range(start, start + steps):
         method.step(optimizer, model, *batch(t))
+
+
+def given(vectors):
+    """Probes from a list of flat vectors, one after the other."""
+    rest = iter(vectors)
+
+    def probes(parameters):
+        pieces = next(rest).double().split([p.numel() for p in parameters])
+        return [v.reshape(p.shape) for v, p in zip(pieces, parameters)]
+
+    return probes
+
+
+def small_problem(seed=0):
+    model = seeded(
+        lambda: nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2), nn.Softplus())
+    )
+    x, y = data(seed, 6, 4, classes=2)
+    return model, lambda: F.cross_entropy(model(x), y)

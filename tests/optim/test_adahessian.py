@@ -16,7 +16,17 @@ from curvscope.errors import (
 from curvscope.optim import AdaHessian
 from curvscope.optim.adahessian import diagonal_estimate
 from curvscope.optim.double_backward import gradient_and_products, rademacher
-from tests.optim.adaptive_cases import conv_net, data, flat, golden, mlp, relative, seeded
+from tests.optim.adaptive_cases import (
+    conv_net,
+    data,
+    flat,
+    given,
+    golden,
+    mlp,
+    relative,
+    seeded,
+    small_problem,
+)
 from tests.truth import dense_hessian
 
 RECORDED = [
@@ -27,17 +37,6 @@ RECORDED = [
         {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-2, "hessian_power": 0.5},
     ),
 ]
-
-
-def given(vectors):
-    """Probes from a list of flat vectors, one after the other."""
-    rest = iter(vectors)
-
-    def probes(parameters):
-        pieces = next(rest).double().split([p.numel() for p in parameters])
-        return [v.reshape(p.shape) for v, p in zip(pieces, parameters)]
-
-    return probes
 
 
 @pytest.mark.parametrize("way", ["closure", "backward", "parameters"])
@@ -61,14 +60,6 @@ def test_recorded_trajectory(name, net, options, way):
             optimizer.backward(loss())
             optimizer.step()
         assert relative(flat(model), after) <= 1e-11
-
-
-def small_problem(seed=0):
-    model = seeded(
-        lambda: nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2), nn.Softplus())
-    )
-    x, y = data(seed, 6, 4, classes=2)
-    return model, lambda: F.cross_entropy(model(x), y)
 
 
 def test_gradient_and_products_are_exact():

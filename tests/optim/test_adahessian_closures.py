@@ -18,127 +18,14 @@ from curvscope.errors import (
 )
 from curvscope.optim import AdaHessian
 from curvscope.optim.adahessian import adahessian_update
-from curvscope.optim.double_backward import gradient_and_products, rademacher
-from tests.optim.adaptive_cases import conv_net, data, flat, golden, mlp, relative, seeded
-from tests.truth import dense_hessian
-
-RECORDED = [
-    ("adahessian_cnn", conv_net, {"weight_decay": 5e-4 / 0.15}),
-    (
-        "adahessian_mlp_power",
-        lambda: mlp(10, 16, 8, 4),
-        {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-2, "hessian_power": 0.5},
-    ),
-]
-
-
-def given(vectors):
-    """Probes from a list of flat vectors, one after the other."""
-    rest = iter(vectors)
-
-    def probes(parameters):
-        pieces = next(rest).double().split([p.numel() for p in parameters])
-        return [v.reshape(p.shape) for v, p in zip(pieces, parameters)]
-
-    return probes
-
-
-@pytest.mark.parametrize("way", ["closure", "backward", "parameters"])
-@pytest.mark.parametrize("name, net, options", RECORDED, ids=[r[0] for r in RECORDED])
-def test_recorded_trajectory(name, net, options, way):
-    d = golden(name)
-    model = net().double()
-    nn.utils.vector_to_parameters(d["p0"], model.parameters())
-    target = model.parameters() if way == "parameters" else model
-    options = {"averaging": "release", "probes": given(d["probes"]), **options}
-    optimizer = AdaHessian(target, **options)
-    for index, after in zip(d["batches"], d["params"]):
-
-        def loss(index=index):
-            return F.cross_entropy(model(d["X"][index]), d["T"][index])
-
-        if way == "closure":
-            optimizer.step(loss)
-        else:
-            optimizer.zero_grad()
-            optimizer.backward(loss())
-            optimizer.step()
-        assert relative(flat(model), after) <= 1e-11
-
-
-def small_problem(seed=0):
-    model = seeded(
-        lambda: nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2), nn.Softplus())
-    )
-    x, y = data(seed, 6, 4, classes=2)
-    return model, lambda: F.cross_entropy(model(x), y)
-
-
-def test_gradient_and_products_are_exact():
-    model, loss = small_problem()
-    parameters = list(model.parameters())
-    H = dense_hessian(loss(), parameters)
-    generator = torch.Generator().manual_seed(0)
-    probes = [rademacher(parameters, generator) for _ in range(3)]
-    gradient, products = gradient_and_products(loss(), parameters, probes, "test")
-    expected = torch.autograd.grad(loss(), parameters)
-    for g, e in zip(gradient, expected):
-        assert torch.equal(g, e)
-    for z, hz in zip(probes, products):
-        z, hz = (torch.cat([v.reshape(-1) for v in vs]) for vs in (z, hz))
-        assert relative(hz, H @ z) < 1e-13
-
-
-@pytest.mark.parametrize("power", [1.0, 0.5, 2.0, 0.0])
-@pytest.mark.parametrize("n_probes", [1, 3])
-def test_paper_formulas_by_hand(power, n_probes):
-    """Signed estimates from the dense Hessian, three steps, all numbers written out."""
-    model, loss = small_problem()
-    twin, twin_loss = small_problem()
-    parameters = list(twin.parameters())
-    size = sum(p.numel() for p in parameters)
-    generator = torch.Generator().manual_seed(5)
-    draws = torch.randint(0, 2, (3 * n_probes, size), generator=generator) * 2 - 1
-    lr, betas, eps, decay = 0.3, (0.8, 0.95), 1e-3, 0.1
-    optimizer = AdaHessian(
-        model, lr, betas, eps, decay, power, probes=given(draws), n_probes=n_probes
-    )
-    m = v = 0
-    for t in range(1, 4):
-        optimizer.step(loss)
-        H = dense_hessian(twin_loss(), parameters)
-        g = torch.cat([x.reshape(-1) for x in torch.autograd.grad(twin_loss(), parameters)])
-        z = draws[(t - 1) * n_probes : t * n_probes].double()
-        D = (z * (z @ H)).mean(0)
-        m = betas[0] * m + (1 - betas[0]) * g
-        v = betas[1] * v + (1 - betas[1]) * D**2
-        theta = flat(twin)
-        denominator = (v / (1 - betas[1] ** t)) ** (power / 2) + eps
-        theta = theta - lr * (m / (1 - betas[0] ** t) / denominator + decay * theta)
-        nn.utils.vector_to_parameters(theta, parameters)
-        assert relative(flat(model), theta) < 1e-12
-        assert relative(optimizer.curvature().diagonal(), denominator) < 1e-12
-        assert relative(optimizer.curvature(damped=False).diagonal() + eps, denominator) < 1e-12
-        assert relative(optimizer.preconditioner().diagonal(), 1 / denominator) < 1e-12
-        D_rms = torch.cat([optimizer.factors(b)["D"] for b in optimizer.blocks])
-        assert relative(D_rms, (v / (1 - betas[1] ** t)).sqrt()) < 1e-12
-
-
-def test_the_step_is_the_preconditioned_average():
-    model, loss = small_problem()
-    optimizer = AdaHessian(model, 0.1, (0.7, 0.9))
-    m = 0
-    for t in range(1, 5):
-        before = flat(model)
-        optimizer.step(loss)
-        m = 0.7 * m + 0.3 * torch.cat([p.grad.reshape(-1) for p in model.parameters()])
-        step = -0.1 * (optimizer.preconditioner() @ (m / (1 - 0.7**t)))
-        assert relative(flat(model) - before, step) < 1e-12
-        g = torch.randn(len(before)).double()
-        assert relative(optimizer.curvature() @ (optimizer.preconditioner() @ g), g) < 1e-14
-
-
-# -- closures and graphs --------------------------------------------------------------------------
+from tests.optim.adaptive_cases import (
+    data,
+    flat,
+    mlp,
+    relative,
+    seeded,
+    small_problem,
+)
 
 
 class Attention(nn.Module):
