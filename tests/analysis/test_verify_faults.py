@@ -160,13 +160,14 @@ def test_wrong_sampled_labels(monkeypatch) -> None:
 
 
 def test_rare_labels_accuse_nobody(monkeypatch) -> None:
-    """A model that is sure of its answers: draws without the rare labels hardly vary."""
+    """Of one sample the model is sure, and its rare label carries the Fisher: others hide it."""
     generator = torch.Generator().manual_seed(0)
-    data = torch.randn(32, 6, generator=generator), torch.arange(32) % 4
-    model = nn.Linear(6, 4)
+    inputs = 0.2 * torch.randn(16, 1, generator=generator)
+    inputs[3] = 30.0
+    model = nn.Linear(1, 2, bias=False)
     with torch.no_grad():
-        model.weight.copy_(2.5 * torch.randn(4, 6, generator=generator))
-    problem = cs.Problem(model, torch.nn.CrossEntropyLoss(), data)
+        model.weight.copy_(torch.tensor([[1.0], [-1.0]]) * 8 / 60)  # log-odds of 8 at the sample
+    problem = cs.Problem(model, torch.nn.CrossEntropyLoss(), (inputs, torch.arange(16) % 2))
 
     def statuses() -> set[str]:
         return {check(problem, "sampled Fisher", seed=seed).status for seed in range(4)}
