@@ -85,4 +85,6 @@ def _is_text(value: Any) -> bool:
 
 def _fence(text: str, language: str) -> str:
     ticks = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{ticks}{language}\n{text}\n{ticks}" if text else ""
+    prose = language == "text" and "   " not in text  # sentences may break, tables may not
+    head = "{ .text .prose }" if prose else language
+    return f"{ticks} {head}\n{text}\n{ticks}" if text else ""
