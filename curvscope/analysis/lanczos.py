@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 from torch import Tensor
 
 _DIRECT = 500  # rows up to which a full eigen-decomposition beats iterating
@@ -23,6 +22,8 @@ def leading_of_dense(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
     By ARPACK for large matrices, and by a full decomposition where that has not converged.
     """
     if matrix.shape[0] > max(_DIRECT, 4 * count):
+        from scipy.sparse.linalg import ArpackError  # a fifth of the package's import
+
         try:
             return _arpack(matrix, count, tol=0.0)
         except ArpackError:  # not converged, or a matrix that maps the start to zero
@@ -35,6 +36,8 @@ def leading_of_dense(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def norm_of_dense(matrix: Tensor) -> float:
     """Spectral norm of a symmetric ``[d, d]``, to ten digits at least."""
     if matrix.shape[0] > _DIRECT:
+        from scipy.sparse.linalg import ArpackError
+
         try:
             return float(_arpack(matrix, 1, tol=_NORM_TOL)[0].abs()[0])
         except ArpackError:
@@ -44,6 +47,8 @@ def norm_of_dense(matrix: Tensor) -> float:
 
 def _arpack(matrix: Tensor, count: int, tol: float) -> tuple[Tensor, Tensor]:
     """Raises ``ArpackError`` once the products cost as much as a full decomposition would."""
+    from scipy.sparse.linalg import LinearOperator, eigsh
+
     size = matrix.shape[0]
 
     def multiply(array: np.ndarray) -> np.ndarray:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from scipy.stats import rankdata
 from torch import Tensor
 
 from ..errors import NotDefinedError
@@ -162,13 +161,19 @@ def estimated_rank_correlation(pair: Pair) -> Value:
     ]
     for facts, diagonal in zip((pair.reference, pair.approximation), values):
         require_spread(facts, diagonal)
-    value = pearson(rankdata(values[0]), rankdata(values[1]))
+    value = pearson(ranks(values[0]), ranks(values[1]))
     count = len(chosen)
     if count == pair.size:
         return Value(value, 0.0, "exact")
     keep = ~np.eye(count, dtype=bool)
-    left_out = [pearson(rankdata(values[0][k]), rankdata(values[1][k])) for k in keep]
+    left_out = [pearson(ranks(values[0][k]), ranks(values[1][k])) for k in keep]
     return Value(value, sampling_error(left_out, count / pair.size), "estimated")
+
+
+def ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 1 of ``[n]``; equal values get the mean of theirs."""
+    _, place, count = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
+    return np.asarray((count.cumsum() - (count - 1) / 2)[place.reshape(-1)])
 
 
 def pearson(left: np.ndarray, right: np.ndarray) -> float:

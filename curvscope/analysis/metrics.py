@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 
 import torch
-from scipy.stats import rankdata
 
 from ..errors import NotDefinedError
 from . import measures
@@ -102,7 +101,7 @@ def diagonal_rank_correlation(pair: Pair) -> Value:
     if known is None:
         return measures.estimated_rank_correlation(pair)
     left, right = known
-    return Value(measures.pearson(rankdata(left), rankdata(right)), 0.0, pair.method)
+    return Value(measures.pearson(measures.ranks(left), measures.ranks(right)), 0.0, pair.method)
 
 
 # -- spectrum ------------------------------------------------------------------------------------
