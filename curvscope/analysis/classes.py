@@ -131,12 +131,18 @@ class Nearest:
         except TooLargeError:
             if rank > _ITERATED:
                 raise
-            values, _, residuals = reference.leading(rank)
+            values, vectors, residuals = reference.leading(rank)
             if float(residuals.max()) > _LOOSE * float(values.abs().max()):
                 raise reference.too_large(
                     f"The {rank} leading eigenvalues", "Raise budget= for an estimate."
                 ) from None
-            return add(reference.energy, -_square(values))
+            if reference.known:
+                return max(reference.norm2 - _square(values), 0.0)
+            gaps = []  # noise of the large part would drown the small one
+            for z, image in reference.probes:
+                rest = image - vectors @ (values.unsqueeze(1) * (vectors.mT @ z))
+                gaps.append(rest.square().sum(0))
+            return torch.cat(gaps).cpu()
         return _square(values[rank:])
 
     def _in_basis(self, op: Operator) -> float:

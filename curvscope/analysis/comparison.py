@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -78,8 +78,8 @@ class Row:
         """Whole matrix only: share of the reference's energy outside its diagonal blocks."""
         return self["outside"]
 
-    def record(self, metrics: tuple[str, ...]) -> dict[str, Any]:
-        """The row of :meth:`Comparison.to_frame`."""
+    def record(self, metrics: tuple[str, ...], noisy: Collection[str] = ()) -> dict[str, Any]:
+        """The row of :meth:`Comparison.to_frame`; ``noisy`` names what has a ``_stderr`` column."""
         first: dict[str, Any] = {
             "block": self.block,
             "approximation": self.approximation,
@@ -95,7 +95,15 @@ class Row:
             "outside": self["outside"],
             "outside_stderr": self.stderr.get("outside", math.nan),
         }
-        rest = {name: self[name] for name in metrics if name not in first}
+        rest: dict[str, float] = {}
+        for name in metrics:
+            rest[name] = self[name]
+            if name in noisy:
+                rest[f"{name}_stderr"] = self.stderr.get(name, math.nan)
+        for name in ("best_in_class", "excess"):
+            if name in noisy:
+                rest[f"{name}_stderr"] = self.stderr.get(name, math.nan)
+        rest = {name: value for name, value in rest.items() if name not in first}
         return {**first, **rest, "note": self.note}
 
     def sentence(self) -> str:
@@ -212,20 +220,28 @@ class Comparison(Result):
 
     def records(self) -> list[dict[str, Any]]:
         """A record per row: identity, error and best in class first, then all other metrics."""
-        return [row.record(self.metrics) for row in self.rows]
+        return [row.record(self.metrics, self.noisy) for row in self.rows]
+
+    @property
+    def noisy(self) -> tuple[str, ...]:
+        """Names of the metrics of which some row has a standard error or residual bound."""
+        found = {name for row in self.rows for name in row.stderr}
+        return tuple(n for n in (*self.metrics, "best_in_class", "excess") if n in found)
 
     def to_frame(self) -> pd.DataFrame:
         """A row per block and approximation.
 
         Columns: ``block, approximation, status, size, family, damping, error, error_stderr,
         best_class, best_in_class, excess, outside, outside_stderr``, then every other metric, and
-        ``note``. How each number was got stands in :meth:`details`.
+        ``note``. A metric that was estimated in some row is followed by ``<metric>_stderr``, NaN
+        where it is exact. How each number was got stands in :meth:`details`.
         """
         import pandas as pd
 
+        records = self.records()
         rest = [name for name in self.metrics if name not in _FIRST]
-        columns = [*_FIRST, *_BESIDE, *rest, "note"]
-        return pd.DataFrame.from_records(self.records(), columns=columns)
+        columns = list(records[0]) if records else [*_FIRST, *_BESIDE, *rest, "note"]
+        return pd.DataFrame.from_records(records, columns=columns)
 
     def details(self) -> pd.DataFrame:
         """A row per number: ``block, approximation, metric, value, stderr, method, reason``."""
@@ -251,10 +267,12 @@ class Comparison(Result):
         """What each class of matrices can do: a row per block.
 
         Columns: ``block, size, norm, trace, share``, then the relative error of the nearest
-        ``identity``, ``diagonal``, ``Kronecker`` and ``diagonal-Kronecker``.
+        ``identity``, ``diagonal``, ``Kronecker`` and ``diagonal-Kronecker``; and the standard
+        errors of those that are estimates in some row (``norm_stderr``, ...).
         """
         import pandas as pd
 
+        noisy = list(dict.fromkeys(name for ref in self.references for name in ref.stderr))
         classes = list(dict.fromkeys(name for ref in self.references for name in ref.best))
         records = [
             {
@@ -264,12 +282,13 @@ class Comparison(Result):
                 "trace": ref.trace,
                 "share": ref.share,
                 **{name: ref.best.get(name, math.nan) for name in classes},
+                **{f"{name}_stderr": ref.stderr.get(name, math.nan) for name in noisy},
             }
             for ref in self.references
         ]
-        return pd.DataFrame.from_records(
-            records, columns=["block", "size", "norm", "trace", "share", *classes]
-        )
+        columns = ["block", "size", "norm", "trace", "share", *classes]
+        columns += [f"{name}_stderr" for name in noisy]
+        return pd.DataFrame.from_records(records, columns=columns)
 
     def summary(self) -> str:
         """A sentence per approximation: the whole matrix, and the block where it is worst."""

@@ -57,12 +57,14 @@ def jackknife(
 
     ``method`` says how the number was got if none of the parts that matter is random.
     """
-    value = function(*(_mean(part) for part in parts))
+    means = [float(part.mean()) if isinstance(part, Tensor) else part for part in parts]
+    value = function(*means)
     counts = [len(part) for part in parts if isinstance(part, Tensor)]
     if not counts or math.isnan(value):
         return Value(value, 0.0, method)
     count = min(counts)
-    left_out = [function(*(_mean_without(part, i) for part in parts)) for i in range(count)]
+    columns = [_means_without(part, count) for part in parts]
+    left_out = [function(*(column[i] for column in columns)) for i in range(count)]
     if any(math.isnan(one) for one in left_out):  # one probe decides whether it is defined
         return Value(math.nan, 0.0, "estimated")
     if max(left_out) == min(left_out):  # what is random does not enter
@@ -127,11 +129,8 @@ def product_of_means(total: float, left: Tensor, right: Tensor, pairs: Tensor) -
     return n * whole - (n - 1) * without / ((n - 1) * (n - 2))
 
 
-def _mean(part: Quantity) -> float:
-    return float(part.mean()) if isinstance(part, Tensor) else part
-
-
-def _mean_without(part: Quantity, place: int) -> float:
+def _means_without(part: Quantity, count: int) -> list[float]:
+    """The means that leave out one sample each, of the first ``count``."""
     if not isinstance(part, Tensor):
-        return part
-    return float(part.sum() - part[place]) / (len(part) - 1)
+        return [part] * count
+    return ((part.sum() - part[:count]) / max(1, len(part) - 1)).tolist()

@@ -49,14 +49,14 @@ def estimates(
         return found
     squared = facts.squared_trace
     found.put("energy", estimate(energy))
-    found.put("diagonal_share", jackknife(_share, energy, on_diagonal))
+    found.put("diagonal_share", jackknife(share, energy, on_diagonal))
     expected = jackknife(lambda e, t: (t / e + 2) / (rows + 2), energy, squared)
     found.values["null"] = NullModel(expected.value)
     apart = jackknife(
         lambda e, d, t: d / e - (t / e + 2) / (rows + 2), energy, on_diagonal, squared
     )
     found.stderr["excess"] = apart.stderr
-    found.put("snr", jackknife(_decibel, energy, on_diagonal))
+    found.put("snr", jackknife(decibel, energy, on_diagonal))
     scale = estimate(traces)
     found.put("scale", Value(scale.value / rows, scale.stderr / rows))
     if scale.value <= 3 * scale.stderr or scale.value <= 0:
@@ -67,7 +67,7 @@ def estimates(
         found.put(
             "noisy_snr",
             jackknife(
-                lambda e, d, t: _decibel(e + pairs * (t / rows) ** 2, d),
+                lambda e, d, t: decibel(e + pairs * (t / rows) ** 2, d),
                 energy,
                 on_diagonal,
                 traces,
@@ -85,11 +85,12 @@ def estimates(
     return found
 
 
-def _share(energy: float, on_diagonal: float) -> float:
+def share(energy: float, on_diagonal: float) -> float:
+    """Of the energy on the diagonal."""
     return on_diagonal / energy if energy else math.nan
 
 
-def _decibel(energy: float, on_diagonal: float) -> float:
+def decibel(energy: float, on_diagonal: float) -> float:
     """As ``signal_to_noise``: each pair off the diagonal counts once."""
     beside = (energy - on_diagonal) / 2
     if on_diagonal <= 0:
@@ -117,7 +118,10 @@ def _kaiser(facts: Facts, scale: float, error: float) -> Value:
         alone = torch.tensor([above(scale, only=i) for i in probes], dtype=torch.float64)
         # counts jump, which leaving one out may not see
         parts.append(max(pooled, float(alone.std()) / math.sqrt(len(alone))))
-        parts.append(above(scale, smooth=False) - whole)
+        # the quadrature is sure up to the weight of the node beside (Chebyshev, Markov, Stieltjes)
+        nearest = (known.found.nodes - scale).abs().argmin(1, keepdim=True)
+        weight = float(known.found.weights.gather(1, nearest).mean())
+        parts.append(known.rest * weight / math.sqrt(12))
     return Value(whole, math.hypot(*parts) if parts else 0.0)
 
 

@@ -31,12 +31,14 @@ def plot_gershgorin(
     ``kind="discs"`` draws circles in the complex plane, ``"intervals"`` the real parts of them one
     above the other, sorted by centre (``"auto"`` takes circles for up to 60 rows). Discs that touch
     no other are filled in green. Crosses are the eigenvalues, circles those after noise was added
-    off the diagonal. Everything is divided by the mean of the diagonal.
+    off the diagonal. Everything is divided by the mean of the diagonal. Of a matrix that was not
+    formed there are the discs of some rows, drawn at random.
     """
     check_option("kind", kind, ("auto", "discs", "intervals"))
     centres, radii = _discs(concentration)
     ax = axes_for(ax, width=5.4, height=3.4)
-    alone = _alone(centres, radii)
+    whole = len(centres) == concentration.size
+    alone = _alone(centres, radii) if whole else np.zeros(len(centres), dtype=bool)
     circles = kind == "discs" or (kind == "auto" and len(centres) <= _MOST_DISCS)
     if circles:
         _circles(ax, centres, radii, alone)
@@ -47,6 +49,8 @@ def plot_gershgorin(
     ax.grid(True, axis="x")
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, columnspacing=1.2)
     apart = f"{int(alone.sum())} of {len(centres)} discs touch no other"
+    if not whole:
+        apart = f"{len(centres)} of {concentration.size:,} discs, drawn at random"
     ax.set_title(apart if title is None else f"{title}: {apart}")
     return ax
 
@@ -105,7 +109,7 @@ def _intervals(ax: Axes, centres: np.ndarray, radii: np.ndarray, alone: np.ndarr
 
 
 def _eigenvalues(ax: Axes, concentration: Concentration, circles: bool) -> None:
-    base = 0.0 if circles else -0.03 * concentration.size
+    base = 0.0 if circles else -0.03 * len(concentration.centres)
     noisy = _distinct(concentration.noisy_eigenvalues.numpy(), ax)
     clean = _distinct(concentration.eigenvalues.numpy(), ax)
     if len(noisy):

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _POINTS = 120  # of a curve
+_SIGMAS = 2.0  # standard errors that a band shows
 
 
 def null_band_shares(size: int, diagonal_share: float) -> np.ndarray:
@@ -43,7 +44,8 @@ def plot_bands(
 
     Solid: the matrix. Dotted, in the same colour: what the null model (the same spectrum with
     random orthogonal eigenvectors) is expected to have. Solid above dotted means that energy
-    concentrates near the diagonal beyond what any matrix of that spectrum does.
+    concentrates near the diagonal beyond what any matrix of that spectrum does. A pale band is two
+    standard errors wide on either side where the shares are estimates.
     """
     named = _named(concentration)
     named = {name: c for name, c in named.items() if len(c.band_shares)}
@@ -62,6 +64,12 @@ def plot_bands(
             distance[few], shares[few], color=tint[name], label=short(name), drawstyle=steps
         )
         mark(line, name, points=zip(distance[few].tolist(), shares[few].tolist(), strict=True))
+        error = one.band_stderr.numpy()
+        if len(error):
+            low, high = (shares + c * error for c in (-_SIGMAS, _SIGMAS))
+            ax.fill_between(
+                distance[few], low[few], high[few], color=tint[name], alpha=0.15, lw=0, step=None
+            )
         (line,) = ax.plot(
             distance[few], null[few], color=tint[name], ls=":", lw=1.1, drawstyle=steps
         )
