@@ -1,0 +1,1 @@
+"""The questions of the worked study (docs/study.md); ``benchmarks/study.py`` runs them."""
