@@ -23,6 +23,7 @@ from .plotting.checks import plot_verification
 from .plotting.coverage import plot_coverage
 from .plotting.discs import plot_fourier, plot_gershgorin, plot_scree
 from .plotting.estimates import plot_density, plot_diagonal, plot_eigenpairs, plot_estimate
+from .plotting.extremes import plot_extremes
 from .plotting.local import plot_gradient_noise, plot_local_model
 from .plotting.matrices import plot_blocks, plot_factors, plot_matrix
 from .plotting.shares import plot_bands, plot_diagonal_shares
@@ -55,6 +56,7 @@ __all__ = [
     "plot_eigenvalues_over_steps",
     "plot_ellipses",
     "plot_estimate",
+    "plot_extremes",
     "plot_factors",
     "plot_fourier",
     "plot_gershgorin",
@@ -88,6 +90,7 @@ _KINDS: dict[str, dict[str, Callable[..., Any]]] = {
     "Eigenpairs": {"rank": plot_eigenpairs},
     "NegativeCurvature": {"rank": plot_eigenpairs},
     "Density": {"density": plot_density},
+    "Extremes": {"ends": plot_extremes},
     "BatchSpectra": {"batch sizes": plot_batch_spectra, "density": plot_batch_densities},
     "GradientNoise": {"batch sizes": plot_gradient_noise},
     "LocalModel": {"ratio": plot_local_model},

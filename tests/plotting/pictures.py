@@ -14,6 +14,7 @@ from curvscope.analysis.batch_spectra import BatchSpectra
 from curvscope.analysis.checks import CURVSCOPE, OTHERS, Check
 from curvscope.analysis.comparison import Comparison, ReferenceBlock, Row
 from curvscope.analysis.coverage import Cell, Coverage, ParameterRow
+from curvscope.analysis.extremes import Extremes
 from curvscope.analysis.local import LocalModel
 from curvscope.analysis.noise import GradientNoise
 from curvscope.analysis.verify import Verification
@@ -190,6 +191,17 @@ def local() -> LocalModel:
     )
 
 
+def ends() -> Extremes:
+    return Extremes(
+        of="GGN",
+        size=100,
+        largest=(3.0, 2.5, 1.0),
+        smallest=(-0.5, -0.2, 0.0),
+        largest_residuals=(0.0, 0.01, 0.2),
+        smallest_residuals=(0.0, 0.05, 0.1),
+    )
+
+
 @functools.cache
 def batches() -> BatchSpectra:
     torch.manual_seed(0)
@@ -224,6 +236,7 @@ def pictures() -> dict[str, object]:
         "batch densities": lambda **k: batches().plot(kind="density", **k),
         "gradient noise": lambda **k: noise().plot(**k),
         "local model": lambda **k: local().plot(**k),
+        "extremes": lambda **k: ends().plot(**k),
         "cost": lambda **k: cplot.plot_cost({"a": 0.004, "b": 12.0}, **k),
         **estimate_pictures(),
         **training_pictures(),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import subprocess
 import sys
 import warnings
@@ -16,6 +18,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+import curvscope as cs
 from curvscope import analysis
 from curvscope import plot as cplot
 from curvscope.analysis import concentration
@@ -46,6 +49,10 @@ def test_axes_are_taken_and_returned_and_labelled(name: str) -> None:
     assert isinstance(new, Axes) and new is not ax
 
 
+def subclasses(base: type) -> set[type]:
+    return {base}.union(*map(subclasses, base.__subclasses__())) - {Result}
+
+
 def test_every_result_of_a_single_analysis_has_a_picture() -> None:
     results = {
         name
@@ -54,6 +61,11 @@ def test_every_result_of_a_single_analysis_has_a_picture() -> None:
         and issubclass(one, Result)
         and one is not Result
     }
+    for part in pkgutil.walk_packages(cs.__path__, "curvscope."):
+        if part.name.startswith(("curvscope.analysis", "curvscope.training")):
+            importlib.import_module(part.name)
+    found = subclasses(Result)
+    results |= {c.__name__ for c in found if c.__module__.startswith("curvscope.")} - {"Estimated"}
     drawn = set(cplot._KINDS)
     assert results <= drawn, results - drawn
     assert {"Comparison", "Spectrum", "Concentration", "Coverage", "Verification"} <= results
