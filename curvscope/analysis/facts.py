@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import memory
 from ..errors import MemoryLimitError, NonFiniteError, NotDefinedError
 from ..operators import DenseOperator, EigenKroneckerOperator, Operator
-from ..operators.numerics import log_determinant
+from ..operators.numerics import log_determinant, symmetric
 from .coerce import in_float64
 from .gram_form import GramForm
 from .lanczos import leading_of_dense
@@ -114,7 +114,8 @@ class Facts:
         if self._dense is None:
             if not self.small:
                 raise self.too_large("The entries")
-            dense = self.op.dense().to(torch.float64)
+            # before the conversion: there its rounding would pass for asymmetry
+            dense = symmetric(f"The {self.name}", self.op.dense()).to(torch.float64)
             if not math.isfinite(float(dense.sum())):  # cheaper than looking at every entry
                 raise NonFiniteError(
                     f"The {self.name} has NaN or infinite entries; look for the first layer whose "

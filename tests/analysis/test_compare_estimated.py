@@ -205,3 +205,14 @@ def test_iterating_on_very_many_rows_must_be_asked_for() -> None:
     assert row.error == pytest.approx(0.5) and "ask by name" in row.reasons["spectral_error"]
     asked = compare(op, other, budget=8, metrics=["spectral_error"]).rows[0]
     assert asked["spectral_error"] == pytest.approx(0.5)
+
+
+def test_rounding_of_single_precision_is_no_asymmetry() -> None:
+    """A symmetric product that rounds in float32 is compared in float64 all the same."""
+    matrix = cases.definite(6, 0).float()
+    rounded = matrix.clone()
+    rounded[0, 1] *= 1 + 3e-7
+    op = FunctionOperator(lambda v: rounded @ v, 6, dtype=torch.float32, check=False)
+    found = compare(DenseOperator(matrix), op, gradient=torch.ones(6), damping=0.1).rows[0]
+    assert found.reasons.get("step_efficiency") is None
+    assert found["step_efficiency"] == pytest.approx(1.0, abs=1e-4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -72,7 +73,9 @@ def functional_product(
         def objective(values: dict[str, Tensor]) -> Tensor:
             return torch.func.functional_call(shim, values, ())
 
-        product = torch.func.jvp(gradient(objective), (parameters,), (tangents,))[1]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of what forward mode is made of
+            product = torch.func.jvp(gradient(objective), (parameters,), (tangents,))[1]
         return torch.cat([product[name].detach().reshape(-1) for name in parameters])
 
 
