@@ -7,6 +7,7 @@
 #   make report PROBLEM=digits-resnet OUT=somewhere      another problem, another folder
 #   make test TORCH="torch==2.13.0"                      another build of PyTorch
 #   make bench [DATA=folder with MNIST]                  the tables of benchmarks/results/
+#   make study DATA=folder with mnist/ and cifar10/      the numbers of docs/study.md
 #   make docs                                            the documentation: site/index.html
 #   make notebooks                                       execute notebooks/ in place
 
@@ -28,7 +29,7 @@ TAG   := $(subst /,_,$(subst $(SPACE),_,$(subst >,-,$(subst <,-,$(subst =,-,$(TO
 BASE  := $(VENV)/.installed-$(TAG)
 DEV   := $(VENV)/.installed-dev-$(TAG)
 
-.PHONY: report test lint format types unit bench notebooks docs clean help
+.PHONY: report test lint format types unit bench study notebooks docs clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -86,6 +87,10 @@ notebooks: $(DEV)
 docs: $(DEV)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo "$(CURDIR)/site/index.html"
+
+# The study of docs/study.md: its numbers, figures and page; goes on where it was interrupted.
+study: $(DEV)
+	$(BIN)/python benchmarks/study.py $(if $(DATA),--data "$(DATA)")
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
