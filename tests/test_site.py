@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.report.browser import browser, find
+
 pytest.importorskip("mkdocs")
 
 ROOT = Path(__file__).parents[1]
@@ -82,3 +84,36 @@ def test_every_notebook_is_a_page(site: Path) -> None:
         assert 'id="output-' not in text, "outputs are in place"
         for picture in re.findall(rf'src="({path.stem}-\d+\.\w+)"', text):
             assert (page.parent / picture).stat().st_size > 0
+
+
+@pytest.mark.skipif(find() is None, reason="no Chromium or Chrome on this machine")
+def test_pages_open_without_errors_and_fit_a_phone(site: Path) -> None:
+    """In a real browser, from the disk, as somebody without a server and a network would."""
+    program = find()
+    assert program is not None
+    wide = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    pages = [page for page in sorted(site.rglob("*.html")) if page.name != "404.html"]
+    with browser(program) as running:
+        tab = running.tab()
+        tab.size(390, 800, phone=True)
+        for page in pages:
+            if page.parent.name == "reference" and page.stem not in ("problem", "command-line"):
+                continue  # all alike, and slow to lay out
+            tab.open(page)
+            assert tab.errors == [], page
+            assert tab.evaluate(wide) <= 1, f"{page} is wider than a phone"
+            assert not [url for url in tab.requests if url.startswith("http")], page
+
+
+@pytest.mark.skipif(find() is None, reason="no Chromium or Chrome on this machine")
+def test_search_works_from_disk(site: Path) -> None:
+    program = find()
+    assert program is not None
+    with browser(program) as running:
+        tab = running.tab()
+        tab.size(1200, 800)
+        tab.open(site / "explanations" / "dropped.html")
+        tab.click("label[for=__search].md-search__icon, .md-search__input")
+        tab.type("Hutchinson")
+        tab.wait("document.querySelectorAll('.md-search-result__item').length > 3", 20)
+        assert tab.errors == []
