@@ -73,6 +73,7 @@ def plot_batch_densities(
         )
     peak = max(float(d.density.max()) for d in spectra.densities)
     ax.set_ylim(peak * 1e-6, peak * 2)
+    log_axis(ax.yaxis, minor=False)
     ax.axvline(0.0, color=MUTED, lw=0.6)
     ax.set_xlabel("eigenvalue")
     ax.set_ylabel("density")

@@ -10,7 +10,7 @@ import torch
 
 from ..analysis.estimators import Density, DiagonalEstimate, Eigenpairs, Estimate
 from ..analysis.estimators.common import quantile
-from .style import INK, MUTED, NEGATIVE, PALETTE, axes_for, log_axis, styled
+from .style import INK, MUTED, NEGATIVE, PALETTE, axes_for, log_axis, styled, whole_numbers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,6 +74,7 @@ def plot_eigenpairs(pairs: Eigenpairs, *, ax: Axes | None = None, title: str | N
                     elinewidth=1.0,
                 )
     ax.set_xlim(0.5, len(ranks) + 0.5)
+    whole_numbers(ax.xaxis)
     ax.set_xlabel("rank of the eigenvalue, the most wanted first")
     ax.set_ylabel("eigenvalue")
     if title is not None:

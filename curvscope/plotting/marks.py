@@ -20,6 +20,8 @@ import numpy as np
 _A = TypeVar("_A")
 _MARK, _PLANE = "_curvscope_mark", "_curvscope_plane"
 _MOST_POINTS = 160  # of one line
+# What legends add to a name.
+_REMARK = re.compile(r", [\d,]+ negative$|, lr [-+.\de]+$| \(\d+ % along the plane\)$")
 
 
 @dataclass(frozen=True)
@@ -61,12 +63,10 @@ def number_marks(figure: Any) -> tuple[list[Mark], list[Any]]:
     """Give every marked artist of ``figure``, and its legends' entries, an id; returns them."""
     marked = [a for a in figure.findobj() if getattr(a, _MARK, None) is not None]
     names = {getattr(a, _MARK).series for a in marked} - {""}
-    for ax in figure.axes:
-        legend = ax.get_legend()
-        for handle, text in (
-            zip(legend.legend_handles, legend.get_texts(), strict=False) if legend else ()
-        ):
-            label = re.sub(r", [\d,]+ negative$", "", text.get_text())
+    legends = [legend for ax in figure.axes if (legend := ax.get_legend())] + list(figure.legends)
+    for legend in legends:
+        for handle, text in zip(legend.legend_handles, legend.get_texts(), strict=False):
+            label = _REMARK.sub("", text.get_text())
             if label in names:
                 marked += [mark(handle, series=label), mark(text, series=label)]
     for place, artist in enumerate(marked):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -175,7 +176,8 @@ def _bar(image: Any, row: Sequence[Axes], scale: str) -> None:
     limit = image.norm.vmax
     if scale == "symlog":
         small = limit * 10.0**-_DECADES
-        bar.set_ticks([-limit, -((limit * small) ** 0.5), 0.0, (limit * small) ** 0.5, limit])
+        middle = 10.0 ** round(math.log10(limit * small) / 2)  # a power of ten is easy to read
+        bar.set_ticks([-limit, -middle, 0.0, middle, limit])
         bar.ax.minorticks_off()
     elif scale == "linear":
         bar.set_ticks([-limit, -limit / 2, 0.0, limit / 2, limit])

@@ -177,14 +177,33 @@ def power_of_ten(value: float) -> str:
 
 
 def log_axis(axis: Any, *, minor: bool = True, most: int = 8) -> None:
-    """Plain-text powers of ten on a logarithmic axis, not too many of them."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+    """Plain-text powers of ten on a logarithmic axis, not too many of them.
+
+    Where fewer than about two of them fit on the axis, multiples between them are labelled too.
+    """
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axis.set_major_locator(LogLocator(base=10, numticks=most))
     axis.set_major_formatter(FuncFormatter(lambda value, _: power_of_ten(value)))
     if not minor:
         axis.set_minor_locator(NullLocator())
-    axis.set_minor_formatter(NullFormatter())
+
+    def between(value: float, _: Any) -> str:
+        low, high = sorted(axis.get_view_interval())
+        if not (low > 0 and value > 0) or high > 30 * low:
+            return ""
+        digit = round(value / 10.0 ** math.floor(math.log10(value) + 1e-9))
+        wanted = (2, 5) if high > 6 * low else (2, 3, 5, 7) if high > 3 * low else range(2, 10)
+        return power_of_ten(value) if digit in wanted else ""
+
+    axis.set_minor_formatter(FuncFormatter(between))
+
+
+def whole_numbers(axis: Any) -> None:
+    """Ticks at whole numbers only, as counts, ranks and steps have them."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def short(name: str, most: int = 28) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import NotDefinedError
+from .marks import mark
 from .style import DASHES, INK, PALETTE, axes_for, power_of_ten, short, styled
 from .surfaces import Ellipses, draw_ellipses, draw_surface, label_axes
 
@@ -54,8 +55,9 @@ def plot_trajectories(
         known = np.flatnonzero(np.isfinite(x))
         if not len(known):
             continue
-        ax.plot(x, y, color="white", lw=3.0, zorder=2, alpha=0.7)
-        ax.plot(
+        halo = ax.plot(x, y, color="white", lw=3.0, zorder=2, alpha=0.7)
+        mark(halo[0], series=path.name)
+        line = ax.plot(
             x,
             y,
             color=colour,
@@ -66,12 +68,15 @@ def plot_trajectories(
             zorder=3,
             label=f"{short(path.name, 20)}{within}",
         )
+        ends = path.steps[known[0]], path.steps[known[-1]]
+        mark(line[0], f"{path.name}, steps {ends[0]:,} to {ends[1]:,}", series=path.name)
         for place, marker in ((known[0], "o"), (known[-1], "s")):
-            ax.plot(
+            end = ax.plot(
                 x[place], y[place], marker, color=colour, mec="white", mew=0.8, ms=6.5, zorder=3.5
             )
+            mark(end[0], f"{path.name} at step {path.steps[place]:,}", series=path.name)
         for place in _spread(known, marks):
-            ax.annotate(
+            note = ax.annotate(
                 f"{path.steps[place]:,}",
                 (x[place], y[place]),
                 xytext=(4, 4),
@@ -80,6 +85,7 @@ def plot_trajectories(
                 color=INK,
                 zorder=5,
             )
+            mark(note, series=path.name)
     if ellipses:
         draw_ellipses(ax, ellipses, level, tint)
     label_axes(ax, trajectories.plane)

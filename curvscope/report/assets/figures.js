@@ -2,6 +2,7 @@
 // stands for; in figures of lines, the values of all lines at that place. Without scripts the same
 // sentences are the marks' titles.
 page.onFigure = []; // called with every figure that comes near the screen, and its axes with lines
+page.onZoom = []; // called with axes that show another part
 {
   const tip = document.getElementById("tip");
   const tips = new WeakMap();

@@ -102,6 +102,7 @@
       return [from, from + size];
     });
     draw(axes);
+    page.onZoom.forEach((work) => work(axes));
   };
   const scaled = (axes, factor) => show(axes, axes.view.map(([a, b]) => {
     const middle = (a + b) / 2, half = (b - a) / 2 * factor;
@@ -110,17 +111,20 @@
   const shifted = (axes, axis, share) => show(axes, axes.view.map(([a, b], k) =>
     k === axis ? [a + share * (b - a), b + share * (b - a)] : [a, b]));
 
-  const zoomable = (plot, svg, axes, tools) => {
+  // One set of buttons for all axes of a figure.
+  const zoomButtons = (planes, tools) => {
     const button = (name, label, work) => {
       const made = page.make("button", { type: "button", "aria-label": label, title: label }, name);
-      made.addEventListener("click", work);
+      made.addEventListener("click", () => planes.forEach(work));
       tools.append(made);
     };
-    button("+", "Zoom in", () => scaled(axes, 0.6));
-    button("−", "Zoom out", () => scaled(axes, 1 / 0.6));
-    button("reset", "Show the whole figure again", () => show(axes, axes.full));
+    button("+", "Zoom in", (axes) => scaled(axes, 0.6));
+    button("−", "Zoom out", (axes) => scaled(axes, 1 / 0.6));
+    button("reset", "Show the whole figure again", (axes) => show(axes, axes.full));
     tools.append(page.make("span", { class: "hint" }, "or mark a part with the mouse"));
+  };
 
+  const zoomable = (plot, svg, axes) => {
     let start = null, frame = null;
     plot.addEventListener("pointerdown", (event) => {
       const here = page.spot(svg, event);
@@ -182,6 +186,7 @@
     plot.closest(".scroll").after(tools);
   }
   page.onFigure.push((plot, svg, planes) => {
-    for (const axes of planes) zoomable(plot, svg, axes, plot.closest(".scroll").nextElementSibling);
+    if (planes.length) zoomButtons(planes, plot.closest(".scroll").nextElementSibling);
+    for (const axes of planes) zoomable(plot, svg, axes);
   });
 }

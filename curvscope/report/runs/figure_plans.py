@@ -6,12 +6,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from ...plotting.style import INK, PALETTE, log_axis, short
+from ...plotting.marks import readout
+from ...plotting.style import INK, PALETTE, log_axis, short, whole_numbers
 from ..figure_plans import Plan
 from .gather import Group, Member, Runs, band
 from .lines import blank, colour_of, column, draw_band, heights, logarithmic, of_block, over_seconds
 
 _PANELS = 8  # blocks that one picture shows
+_COLUMNS = 4
 _FRESH = {"K-FAC": (PALETTE[0], (0, (5, 1.5))), "diagonal K-FAC": (PALETTE[2], (0, (1, 1)))}
 _OTHER = (PALETTE[3], (0, (6, 1.5, 1, 1.5)))
 _TITLES = {
@@ -56,9 +58,14 @@ def _progress(runs: Runs, axis: str) -> Plan:
                     if axis == "seconds"
                     else band(members, column(runs.axis, key))
                 )
-                draw_band(ax, curve, color=colour, ls=ls, label=_named(runs.groups[name]))
+                draw_band(
+                    ax, curve, color=colour, ls=ls, label=_named(runs.groups[name]), series=name
+                )
+            readout(ax, {"seconds": "second"}.get(axis, axis), _TITLES[key])
             ax.set_title(_TITLES[key])
             ax.set_xlabel(over)
+            if axis != "seconds":
+                whole_numbers(ax.xaxis)
             ax.grid(True, axis="y")
             if key != "test_accuracy":
                 logarithmic(ax)
@@ -127,11 +134,14 @@ def _own(runs: Runs, key: str) -> Plan:
     def draw(figure: Any) -> None:
         panels = _panels(figure, len(blocks))
         looks = colour_of(list(runs.groups))
+        for ax in panels[::_COLUMNS]:
+            ax.set_ylabel(title.lower())
         for ax, block in zip(panels, blocks):
             for name, members in having:
                 colour, ls = looks[name]
                 curve = band(members, of_block("error", block, key))
-                draw_band(ax, curve, color=colour, ls=ls, label=short(name))
+                draw_band(ax, curve, color=colour, ls=ls, label=short(name), series=name)
+            readout(ax, "step", title.lower())
             ax.set_title(short(block, 24))
             _scale(ax, key)
         _legend(figure, panels[0])
@@ -172,6 +182,7 @@ def _beside(runs: Runs, name: str, group: Group) -> Plan:
                     curve = band(members, of_block("fresh", block, key, other))
                     draw_band(ax, curve, color=colour, ls=ls, label=f"fresh {other}")
                 _scale(ax, key)
+                readout(ax, "step", {"error": "relative error"}.get(key, key))
                 if key == "error":
                     ax.set_title(short(block, 22))
                     ax.set_xlabel("")
@@ -211,7 +222,8 @@ def _sharpness(runs: Runs) -> Plan:
             for name, members in runs.best():
                 colour, ls = looks[name]
                 curve = band(members, of_block("sharpness", "", key))
-                draw_band(ax, curve, color=colour, ls=ls, label=short(name))
+                draw_band(ax, curve, color=colour, ls=ls, label=short(name), series=name)
+            readout(ax, "step", "λ_max · lr")
             logarithmic(ax)
             ax.axhline(2.0, color=INK, lw=1.0, ls=(0, (5, 1.5)))
             ax.set_title(keys[key])
@@ -251,7 +263,7 @@ def _left_out(runs: Runs, blocks: Sequence[str]) -> str:
 
 
 def _panels(figure: Any, count: int) -> list[Any]:
-    columns = min(4, max(1, count))
+    columns = min(_COLUMNS, max(1, count))
     rows = math.ceil(count / columns)
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for ax in panels[count:]:
@@ -260,7 +272,7 @@ def _panels(figure: Any, count: int) -> list[Any]:
 
 
 def _size(count: int, rows: int) -> tuple[float, float]:
-    columns = min(4, max(1, count))
+    columns = min(_COLUMNS, max(1, count))
     return (max(4.6, 2.4 * columns + 0.6), 0.9 + 2.2 * rows * math.ceil(max(1, count) / columns))
 
 

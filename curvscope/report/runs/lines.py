@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ...plotting.marks import mark
 from ...plotting.style import DASHES, PALETTE, log_axis
 from .gather import Curve, Member, Values, band
 
@@ -14,21 +15,31 @@ if TYPE_CHECKING:
 
 
 def colour_of(names: Sequence[str]) -> dict[str, tuple[str, Any]]:
-    """Colour and line style of each optimizer, the same in all pictures."""
+    """Colour and line style of each optimizer, the same in all pictures, those of paths as well."""
     return {
-        name: (PALETTE[k % len(PALETTE)], DASHES[(k // len(PALETTE)) % len(DASHES)])
+        name: (PALETTE[(k + 1) % len(PALETTE)], DASHES[(k // len(PALETTE)) % len(DASHES)])
         for k, name in enumerate(names)
     }
 
 
 def draw_band(
-    ax: Axes, curve: Curve, *, color: str, ls: Any = "-", label: str = "", lw: float = 1.5
+    ax: Axes,
+    curve: Curve,
+    *,
+    color: str,
+    ls: Any = "-",
+    label: str = "",
+    lw: float = 1.5,
+    series: str = "",
 ) -> None:
-    """The mean as a line, least and largest value as a band."""
+    """The mean as a line, least and largest value as a band.
+
+    ``series`` is the name by which the page's check boxes switch both.
+    """
     xs, mean, low, high = curve
     if not xs:
         return
-    ax.plot(
+    (line,) = ax.plot(
         xs,
         mean,
         color=color,
@@ -38,8 +49,9 @@ def draw_band(
         marker="." if len(xs) < 60 else None,
         ms=3,
     )
+    mark(line, label, series=series, points=list(zip(xs, mean, strict=True)))
     if low != high:
-        ax.fill_between(xs, low, high, color=color, alpha=0.18, lw=0)
+        mark(ax.fill_between(xs, low, high, color=color, alpha=0.18, lw=0), series=series)
 
 
 def column(x: str, y: str) -> Values:

@@ -11,6 +11,7 @@ from ..skeleton import Choice, Link, render_page
 from ..svg import share_styles
 from .gather import Runs
 from .places import Places
+from .steps import step_table
 from .tables import alarm_table, grid_table, monitor_table, result_table
 from .words import facts, settings, summary, warnings
 
@@ -18,6 +19,7 @@ _SECTIONS = {
     "summary": "Summary",
     "loss": "Loss and accuracy",
     "curvature": "Curvature against the exact one",
+    "steps": "Step by step",
     "stability": "Stability",
     "alarms": "Alarms",
     "paths": "Trajectories",
@@ -34,16 +36,20 @@ def render(
     figures, rules = share_styles([picture.svg for picture in pictures])
     pictures = [replace(p, svg=svg) for p, svg in zip(pictures, figures, strict=True)]
     by_kind = {picture.kind: picture for picture in pictures}
+    steps = step_table(runs)
+    sections = {k: v for k, v in _SECTIONS.items() if k != "steps" or steps}
     own = [p for p in pictures if p.kind.startswith("beside-")]
     return render_page(
         "runs.html.j2",
         kicker="curvscope report of trainings",
         title=runs.problem,
         subtitle=", ".join(runs.groups),
-        links=[Link(title, f"#{name}") for name, title in _SECTIONS.items()],
+        links=[Link(title, f"#{name}") for name, title in sections.items()],
         created=document["created"],
         choices=[Choice(name) for name in runs.groups] if len(runs.groups) > 1 else (),
         rules=rules,
+        scripts=("steps.js",),
+        steps=steps,
         summary=summary(runs),
         warnings=warnings(runs),
         facts=facts(runs),

@@ -99,12 +99,16 @@ def grid_table(runs: Runs) -> Table:
                         Cell(shown(m.lr), small="the best" if chosen else "", sort=finite(m.lr)),
                         Cell(str(m.seed), sort=float(m.seed)),
                         Cell(m.state, small=m.reason),
-                        number(last(m, runs.axis)),
+                        _count(last(m, runs.axis)),
                         number(last(m, "train_loss")),
                         number(last(m, "seconds")),
                     ]
                 )
     return Table("All trainings.", columns, rows)
+
+
+def _count(value: float) -> Cell:
+    return number(int(value) if math.isfinite(value) and value == int(value) else value)
 
 
 def alarm_table(runs: Runs) -> Table:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from ...analysis.result import listing
 from ..numbers import percent, seconds, shown, with_error
@@ -93,11 +94,20 @@ def settings(runs: Runs) -> list[tuple[str, str]]:
     """What gives the runs again."""
     first = runs.members[0].run
     pairs = [("command", str(runs.plan["command"]))] if runs.plan.get("command") else []
-    pairs += [(f"monitor: {k}", str(v)) for k, v in first.settings.items() if k != "measures"]
+    pairs += [(f"monitor: {k}", _word(v)) for k, v in first.settings.items() if k != "measures"]
     for name, options in dict(first.settings.get("measures", {})).items():
-        pairs.append((f"measure {name}", ", ".join(f"{k}={v}" for k, v in options.items())))
+        pairs.append((f"measure {name}", _word(options)))
     pairs += [(k, str(v)) for k, v in first.versions.items()]
     return pairs
+
+
+def _word(value: Any) -> str:
+    """A setting as people write it: no quotes, no brackets."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_word(one)}" for name, one in value.items()) or "none"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_word, value)) or "none"
+    return "none" if value is None else str(value)
 
 
 def spread(values: Sequence[float], digits: int = 3) -> str:
