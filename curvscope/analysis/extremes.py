@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -31,6 +32,18 @@ class Extremes(Result):
     smallest: tuple[float, ...]
     largest_residuals: tuple[float, ...]
     smallest_residuals: tuple[float, ...]
+
+    def records(self) -> list[dict[str, Any]]:
+        """A row per eigenvalue: ``end``, ``rank``, ``eigenvalue`` and ``residual``."""
+        ends = (
+            ("largest", self.largest, self.largest_residuals),
+            ("smallest", self.smallest, self.smallest_residuals),
+        )
+        return [
+            {"end": end, "rank": rank + 1, "eigenvalue": value, "residual": residual}
+            for end, values, residuals in ends
+            for rank, (value, residual) in enumerate(zip(values, residuals, strict=True))
+        ]
 
     def summary(self) -> str:
         """Both ends in a sentence."""

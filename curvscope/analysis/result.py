@@ -90,6 +90,11 @@ class Result(Shown):
 
     def _card_(self) -> Card:
         rows, total = self._shown_rows(MOST_ROWS)
+        columns = list(rows[0]) if rows else []
+        if all(row.get("converged") is True for row in rows):
+            columns = [name for name in columns if name != "converged"]
+        long = total > MOST_ROWS
+        first = Table(rows, columns, f"{total:,} rows" if long else "", folded=long, total=total)
         summary, cost = self.summary(), str(self.cost)
         return Card(
             title=type(self).__name__,
@@ -98,7 +103,7 @@ class Result(Shown):
             text=summary.splitlines(),
             warnings=self.warnings,
             pictures=self._pictures(),
-            tables=[Table(rows, total=total), *self._more_tables()],
+            tables=[first, *self._more_tables()],
             hints=("result.plot()", "result.to_frame()"),
         )
 

@@ -55,7 +55,8 @@ def spark(values: Sequence[float], label: str, *, width: int = 180, height: int 
     known = [v for v in numbers if math.isfinite(v)]
     if len(known) < 2:
         return ""
-    if min(known) > 0 and max(known) > 50 * min(known):
+    logarithmic = min(known) > 0 and max(known) > 50 * min(known)
+    if logarithmic:
         numbers = [math.log10(v) if math.isfinite(v) else v for v in numbers]
         known = [v for v in numbers if math.isfinite(v)]
         label += " (logarithmic)"
@@ -72,7 +73,7 @@ def spark(values: Sequence[float], label: str, *, width: int = 180, height: int 
                 'stroke-width="1.5"/>'
             )
             points = []
-    if low < 0 < high:
+    if low < 0 < high and not logarithmic:
         y = height - 2 - (height - 4) * -low / span
         pieces.append(
             f'<line x1="0" x2="{width}" y1="{y:.1f}" y2="{y:.1f}" stroke="currentColor" '

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..display import Card, Shown, Table
 from ..errors import OptionError
 from ..problem import Problem
 from .differences import Difference, diff
@@ -18,7 +19,7 @@ __all__ = ["Difference", "ReportPaths", "check_output", "diff", "make_report", "
 
 
 @dataclass(frozen=True)
-class ReportPaths:
+class ReportPaths(Shown):
     """Where a report lies: its folder, the page, the data, the tables and the figures."""
 
     folder: Path
@@ -40,6 +41,16 @@ class ReportPaths:
 
     def __fspath__(self) -> str:
         return str(self.html)
+
+    def _card_(self) -> Card:
+        files = [("the page", self.html), ("the data", self.json)]
+        files += [("tables", self.csv), ("figures", self.figures)]
+        rows = [{"file": about, "path": str(path)} for about, path in files]
+        return Card(
+            title=f"Report in {self.folder}",
+            tables=[Table(rows)],
+            hints=[f"cs.explore({str(self.folder)!r})"],
+        )
 
 
 def make_report(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..display import Card, Shown
 from ..errors import OptionError, RunError, nearest
 from . import lines, store
 from .snapshots import SnapshotSet
@@ -22,7 +23,7 @@ EVENTS = ("alarm", "monitor", lines.CONTINUED)
 """Measures that are no measurements: what happened, and what the monitor did."""
 
 
-class Run:
+class Run(Shown):
     """The folder that a :class:`~curvscope.training.Monitor` writes, for reading.
 
     ``path`` holds ``run.json`` (settings, versions, machine), ``records.jsonl`` (one line per row,
@@ -252,6 +253,11 @@ class Run:
         from .export import to_wandb
 
         return to_wandb(self, **options)
+
+    def _card_(self) -> Card:
+        from .card import run_card
+
+        return run_card(self)
 
     def __repr__(self) -> str:
         text = f"{len(self._scan.rows)} rows of {len(self.measures)} measures"

@@ -68,7 +68,10 @@ class LossSurface(Result):
         )
 
     def _pictures(self) -> list[tuple[str, str]]:
-        heights = self.loss - self.loss[self.finite].min() if bool(self.finite.any()) else self.loss
+        if not bool(self.finite.any()):
+            return []
+        known = self.loss[self.finite]
+        heights = torch.where(self.finite, self.loss, known.max()) - known.min()
         caption = "height above the lowest point"
         return [(caption, thumbnail(heights.flip(0), caption))]
 

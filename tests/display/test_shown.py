@@ -90,6 +90,7 @@ def test_large_results_are_cut_without_making_all_rows(monkeypatch: pytest.Monke
     monkeypatch.setattr(type(found), "records", None)
     text = found._repr_html_()
     assert "60 of 3,000 rows" in text and len(text) < 20_000
+    assert "<details><summary>3,000 rows</summary>" in text
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from torch import nn
 import curvscope as cs
 from curvscope.analysis.result import plain
 from curvscope.explorer.reading import read
+from curvscope.report import ReportPaths
 
 from ..display.test_render import well_formed
 from ..plotting import pictures
@@ -85,6 +86,21 @@ def test_a_run_offers_its_steps_blocks_and_methods(run: Path) -> None:
     first = values(board)
     assert all("<svg" in first[name] for name in ("errors", "spectra", "training"))
     assert "step 3" in first["table"] and "Concentration of block 0" in first["factors"]
+
+
+def test_a_run_shows_itself(run: Path) -> None:
+    found = cs.Run(run)
+    text = found._repr_html_()
+    well_formed(text)
+    assert "net, K-FAC" in text and "loss, over the steps" in text and "error of 2" in text
+    assert all(f">{measure}</td>" in text for measure in found.measures)
+    assert "_scan" not in dir(found) and {"frame", "alarms", "spectra"} <= set(dir(found))
+
+
+def test_the_paths_of_a_report_show_themselves(tmp_path: Path) -> None:
+    text = ReportPaths.of(tmp_path / "a <b>")._repr_html_()
+    well_formed(text)
+    assert "a &lt;b&gt;/report.html" in text
 
 
 def test_every_control_of_a_run_changes_the_views_that_it_concerns(run: Path) -> None:

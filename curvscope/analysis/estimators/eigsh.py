@@ -186,7 +186,7 @@ def negative_curvature(
     proves it, converged or not. The smallest eigenvalue is at most ``.value``. ``tol``,
     ``budget``, ``method``, ``seed`` and ``checkpoint`` are those of :func:`eigsh`.
 
-    Cost: the products it reports, those of ``eigsh(op, 1, which="SA")``. Raises what
+    Cost: the products it reports, those of ``eigsh(op, 1, which="SA")`` and one. Raises what
     :func:`eigsh` raises.
 
     Source: as :func:`eigsh`; its use for saddle points, Dauphin et al. 2014 (arXiv 1406.2572).
@@ -210,9 +210,14 @@ def negative_curvature(
         seed=seed,
         checkpoint=checkpoint,
     )
-    # a Rayleigh quotient of a unit vector is known to about this
-    rounding = 20 * torch.finfo(op.dtype).eps * float(pairs.values.abs().max() + pairs.residuals[0])
+    # a Rayleigh quotient of a unit vector is known to about this; the smallest eigenvalue does not
+    # say how large the others are, a random vector does: E |A z|^2 = |A|_F^2 for normal z
+    probe = torch.randn(op.shape[0], generator=torch.Generator().manual_seed(seed))
+    norm = float((op @ probe.to(op.device, op.dtype)).double().norm())
+    rounding = 20 * torch.finfo(op.dtype).eps * max(norm, float(pairs.values.abs().max()))
     fields = {name: getattr(pairs, name) for name in pairs.__dataclass_fields__}
+    if not stored(op):
+        fields["cost"] = pairs.cost + Cost(products=1)
     fields["settings"] = {**pairs.settings, "rounding": rounding}
     return NegativeCurvature(**fields)
 

@@ -178,6 +178,15 @@ def test_negative_curvature() -> None:
     assert not cs.negative_curvature(by_products(torch.zeros(9, 9).double())).negative
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_rounding_of_a_semidefinite_matrix_is_no_negative_curvature(seed: int) -> None:
+    root = torch.randn(27, 5, generator=torch.Generator().manual_seed(seed)).double()
+    found = cs.negative_curvature(root @ root.mT)
+    assert not found.negative, (found.value, found.settings["rounding"])
+    bent = root @ root.mT - 1e-8 * torch.eye(27).double()
+    assert cs.negative_curvature(bent).negative
+
+
 def test_start_vectors() -> None:
     matrix = with_spectrum(SPECTRA["decaying"])
     op = by_products(matrix)
