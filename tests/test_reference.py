@@ -82,3 +82,14 @@ def test_the_map_has_every_approximation_of_the_report() -> None:
 
     drawn = _hook("diagrams").recipes()
     assert drawn == [(recipe.name, recipe.group, recipe.about) for recipe in RECIPES]
+
+
+def test_prose_below_sections_comes_first() -> None:
+    """Parsers would take it for the last error that is raised."""
+    reordered = _hook("docstrings").prose_first
+    raises, cost = "Raises\n------\nError\n    When.", "Cost: much\nof it."
+    example = "Examples\n--------\n>>> 1"
+    text = "\n\n".join(["What.", raises, cost, example])
+    wanted = "\n\n".join(["What.", cost, raises, example])
+    assert reordered(text) == wanted
+    assert reordered("What.\n\nCost: nothing.") == "What.\n\nCost: nothing."
