@@ -57,15 +57,33 @@ def draw_plan(plan: Plan, name: str, folder: Path) -> Picture:
         except CurvscopeError as error:
             return replace(blank, reason=str(error))
         markup = lighter(_svg(figure))
-        figure.set_layout_engine("none")  # it stays as it is, and need not be laid out again
-        figure.savefig(folder / f"{name}.png", dpi=150)
+        _png(figure, folder / f"{name}.png")
     (folder / f"{name}.svg").write_text(markup, encoding="utf-8")
     return replace(blank, svg=for_page(markup, name, plan.alt), width=round(plan.size[0] * 96))
 
 
+# savefig would draw every figure once more for its layout alone, which takes half of the time.
+
+
 def _svg(figure: Figure) -> str:
-    buffer = io.StringIO()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    figure.dpi = 72
+    FigureCanvasAgg(figure)  # measures text
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.execute(figure)
+    figure.set_layout_engine("none")
     marks, planes = number_marks(figure)
+    buffer = io.StringIO()
     # No date, so that the same numbers give the same file.
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
     return annotate_svg(buffer.getvalue(), marks, planes)
+
+
+def _png(figure: Figure, path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure.dpi = 150
+    FigureCanvasAgg(figure).print_png(path)
