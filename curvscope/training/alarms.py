@@ -248,6 +248,7 @@ class Watch:
         self.method = method
         self.on: dict[tuple[int, str], str] = {}
         self.latest: deque[AlarmEvent] = deque(maxlen=100)
+        self._hearing: dict[str, list[tuple[int, Alarm]]] = {}
         for alarm in self.alarms:
             if not isinstance(alarm, Alarm):
                 raise OptionError(
@@ -256,9 +257,9 @@ class Watch:
 
     def show(self, step: int, measure: str, rows: Rows) -> Iterator[tuple[str, AlarmEvent]]:
         """``("raised" or "over", event)`` for what has changed by a record."""
-        for k, alarm in enumerate(self.alarms):
-            if not alarm.hears(measure):
-                continue
+        if measure not in self._hearing:
+            self._hearing[measure] = [(k, a) for k, a in enumerate(self.alarms) if a.hears(measure)]
+        for k, alarm in self._hearing[measure]:
             for found in alarm.look(step, measure, rows, self.method):
                 key = (k, found.block)
                 if found.holds == (key in self.on):

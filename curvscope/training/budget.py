@@ -13,7 +13,7 @@ from ..errors import OptionError
 _MARGIN = 1.2  # measurements do not all take the same time
 _INSIDE = 0.95  # of the budget; the step after a measurement finds its caches cold
 _RESERVE = 0.005  # seconds, for ending the run
-_STEADY = 0.5  # of the budget, for all measures that are taken at every step
+_STEADY = 0.4  # of the budget, for all measures that are taken at every step
 _FOR_ALL = 0.25  # of what is left, for a measure's first time though another one waits
 _GUESS = 1.3  # the price of a first measurement is not known any better
 
@@ -22,11 +22,12 @@ _GUESS = 1.3  # the price of a first measurement is not known any better
 class Account:
     """One measure: seconds used, how often it was taken, thinned out and failed.
 
-    ``steady``: cheap and taken at every step; see :class:`Budget`.
+    ``steady``: cheap and taken at every step; see :class:`Budget`. ``exempt``: not of the budget.
     """
 
     weight: float = 1.0
     steady: bool = False
+    exempt: bool = False
     used: float = 0.0
     taken: int = 0
     thinned: int = 0
@@ -53,7 +54,7 @@ class Budget:
     inside, whatever it does. A measurement is allowed if what it took before, with a margin, still
     fits. While a measure waits that has used less than its part of the budget (by weight), others
     may not go beyond theirs, but for their first time: cheap measures do not starve a dear one, nor
-    it them. Steady measures have half of
+    it them. Steady measures have a part of
     the budget to themselves and look at nothing else, so that a training's losses are there from
     its first steps on, whatever the monitor's beginning took. ``share=None`` allows all.
     """
@@ -97,6 +98,10 @@ class Budget:
             if self._left is not None:
                 self._left += self.clock() - start
 
+    def forgive(self, seconds: float) -> None:
+        """Seconds of an exempt measure, which are not the monitor's."""
+        self.spent -= seconds
+
     @property
     def mean_step(self) -> float:
         """Seconds of training per visit so far."""
@@ -117,9 +122,9 @@ class Budget:
 
     def allows(self, name: str, estimate: float, *, first: bool = False) -> bool:
         """Whether a measurement of ``estimate`` seconds may begin; remembers those that wait."""
-        if self.share is None:
-            return True
         account = self.accounts[name]
+        if self.share is None or account.exempt:
+            return True
         needed = estimate * (_GUESS if first else _MARGIN)
         account.waiting = False
         if account.steady:
@@ -160,5 +165,5 @@ class Budget:
             if name in self.accounts:
                 known = {k: v for k, v in values.items() if v is not None}  # null in JSON is NaN
                 mine = self.accounts[name]
-                own = {"weight": mine.weight, "steady": mine.steady}
+                own = {"weight": mine.weight, "steady": mine.steady, "exempt": mine.exempt}
                 self.accounts[name] = Account(**{**known, **own})

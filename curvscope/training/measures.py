@@ -30,7 +30,7 @@ class Measure:
     ``needs_before`` says that it compares with the moment before the step (``moment.previous``),
     on which :meth:`before` is called. ``disturbs`` is false for those that neither evaluate the
     model nor draw random numbers; ``steady`` is true for those that take microseconds, which have
-    half of the budget to themselves.
+    a part of the budget to themselves.
     """
 
     name: ClassVar[str] = ""

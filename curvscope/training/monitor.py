@@ -145,6 +145,8 @@ class Monitor:
         self.budget.open((m.name, m.weight, m.steady) for m, _ in self.measures)
         method = str(getattr(optimizer, "method", type(optimizer).__name__))
         self.watch = Watch(default_alarms() if alarms is None else alarms, method)
+        if snapshots is not None:
+            self.budget.accounts[SnapshotMeasure.name].exempt = not snapshots.budgeted
         self._steady = {m.name for m, _ in self.measures if m.steady}
         self.probe = make_probe(problem, probe, seed)
         self.steps = 0
@@ -395,25 +397,26 @@ class Monitor:
                 "monitor.step() was never called, so nothing was measured: call it after every "
                 "optimizer.step(), inside the loop."
             ]
-        found = []
+        found, dear = [], []
         for measure, when in self.measures:
             account = self.budget.accounts[measure.name]
             if account.taken or account.failed:
                 continue
             if account.thinned:
                 need = account.estimate
-                price = f" (about {need:.2g} s each)" if need == need else ""
-                found.append(
-                    f"{measure.name!r} was due {account.thinned} times and never fitted into the "
-                    f"budget of {100 * (self.budget.share or 0):g} % of "
-                    f"{self.budget.training:.3g} s{price}: train longer, raise budget=, or take a "
-                    "smaller probe=."
-                )
+                price = f" ({need:.2g} s each)" if need == need else ""
+                dear.append(f"{measure.name!r}, due {account.thinned} times{price}")
             else:
                 found.append(
                     f"The schedule {when!r} of {measure.name!r} never came up in {self.steps} "
                     "steps: choose one that fits the length of the training."
                 )
+        if dear:
+            found.append(
+                f"Never fitted into the budget of {100 * (self.budget.share or 0):g} % of "
+                f"{self.budget.training:.3g} s: {'; '.join(dear)}. Train longer, raise budget=, or "
+                "take a smaller probe=."
+            )
         return found
 
 

@@ -255,6 +255,8 @@ def _made(kind: Any, spec: OptimizerSpec, model: nn.Module, options: dict[str, A
 def _imported(name: str) -> Any:
     """The class called ``package.module:Class``."""
     path, _, title = name.partition(":")
+    if path.lower() in {*OURS, *torch_optimizers()}:
+        raise OptionError(f"{title!r} in {name!r} is not of the form option=value. {form()}")
     try:
         module = importlib.import_module(path)
     except ModuleNotFoundError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,10 @@ class Schedule:
         """Whether to measure after ``step`` steps."""
         raise NotImplementedError
 
+    def after(self, step: int) -> float:
+        """No step between ``step`` and this one is due; the next one, where that is not known."""
+        return step + 1
+
 
 @dataclass(frozen=True)
 class Every(Schedule):
@@ -40,6 +45,10 @@ class Every(Schedule):
         """At multiples of ``n``."""
         return step % self.n == 0
 
+    def after(self, step: int) -> float:
+        """The next multiple."""
+        return step + self.n - step % self.n
+
 
 @dataclass(frozen=True)
 class PowersOfTwo(Schedule):
@@ -48,6 +57,10 @@ class PowersOfTwo(Schedule):
     def due(self, step: int, timing: Timing) -> bool:
         """At powers of two."""
         return step & (step - 1) == 0
+
+    def after(self, step: int) -> float:
+        """The next power of two."""
+        return 1 << step.bit_length()
 
 
 @dataclass(frozen=True, init=False)
@@ -67,6 +80,10 @@ class At(Schedule):
     def due(self, step: int, timing: Timing) -> bool:
         """At these steps."""
         return step in self.steps
+
+    def after(self, step: int) -> float:
+        """The next one of them."""
+        return min((s for s in self.steps if s > step), default=math.inf)
 
     def __repr__(self) -> str:
         return f"At({sorted(self.steps)})"

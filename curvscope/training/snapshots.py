@@ -37,7 +37,8 @@ class Snapshots:
     ``kind``: ``"full"`` (all entries), ``"strided"`` (every ``stride``-th entry of the flat vector)
     or ``"projection"`` (a count sketch of ``size`` numbers, drawn from ``seed``). ``schedule`` is
     when, as for measures: a number n for every n-th step, or a schedule; ``None`` is the monitor's
-    ``every=``, or every 50th step.
+    ``every=``, or every 50th step. ``budgeted=False`` takes all of them, and does not count their
+    time as the monitor's.
     """
 
     kind: str = "projection"
@@ -45,6 +46,7 @@ class Snapshots:
     stride: int = 100
     size: int = 4096
     seed: int = 0
+    budgeted: bool = True
 
     def __post_init__(self) -> None:
         check_option("kind", self.kind, KINDS)

@@ -51,6 +51,9 @@ class Taker:
         self._measures = [
             (m, s, budget.accounts[m.name], type(m).price is not Measure.price) for m, s in measures
         ]
+        self._steady = [entry for entry in self._measures if entry[2].steady]
+        self._others = [entry for entry in self._measures if not entry[2].steady]
+        self._quiet_until: float = 0  # before this step none of the others is due
         self._shapes = {n: tuple(p.shape) for n, p in problem.user_model.named_parameters()}
         self._planned: dict[str, float] = {}  # measures of the next step: seconds spent already
         self._previous: Moment | None = None
@@ -59,12 +62,29 @@ class Taker:
 
     def visit(self, step: int, loss: Any, batch: Any) -> None:
         """Everything that is due after a step."""
+        probe = self.problem if self.probe is None else self.probe
+        for measure, when, account, _ in self._steady:
+            timing = self._timing(account) if isinstance(when, Share) else _NO_TIME
+            if when.due(step, timing) and account.in_succession < ENOUGH:
+                moment = self._make(step, loss, probe, self.memo, None)
+                if self._affordable(measure, account, moment):
+                    self._take(measure, account, moment, 0.0)
+        if step >= self._quiet_until:
+            self._visit(step, loss, batch, probe)
+            self._quiet_until = min(
+                (when.after(step) - m.needs_before for m, when, _, _ in self._others),
+                default=math.inf,
+            )
+            if self._planned:
+                self._quiet_until = 0
+
+    def _visit(self, step: int, loss: Any, batch: Any, probe: Problem) -> None:
         planned, self._planned = self._planned, {}
         previous, self._previous = self._previous, None
         cheap: list[_Entry] = []
         dear: list[_Entry] = []
         ahead: list[_Entry] = []
-        for entry in self._measures:
+        for entry in self._others:
             measure, when, account, _ = entry
             timing = self._timing(account) if isinstance(when, Share) else _NO_TIME
             if measure.needs_before:
@@ -76,7 +96,6 @@ class Taker:
                 (dear if measure.disturbs else cheap).append(entry)
         if not (cheap or dear or ahead):
             return
-        probe = self.problem if self.probe is None else self.probe
         moment = self._make(step, loss, probe, self.memo, previous)
         for measure, _, account, _ in cheap:
             if self._affordable(measure, account, moment):
@@ -116,7 +135,10 @@ class Taker:
         except Exception as error:
             self._fail(measure, account, error)
         finally:
-            account.spend(spent + self.budget.clock() - start)
+            seconds = self.budget.clock() - start
+            account.spend(spent + seconds)
+            if account.exempt:
+                self.budget.forgive(seconds)
 
     def _prepare(self, measure: Measure, account: Account, moment: Moment) -> None:
         """What a measure of the next step needs of this one."""
@@ -146,7 +168,7 @@ class Taker:
         budget = self.budget
         if account.in_succession >= ENOUGH:
             return False
-        if budget.share is None:
+        if budget.share is None or account.exempt:
             return True
         least = account.estimate
         if least != least:
@@ -159,7 +181,7 @@ class Taker:
 
     def _affordable(self, measure: Measure, account: Account, moment: Moment) -> bool:
         budget = self.budget
-        if budget.share is None:
+        if budget.share is None or account.exempt:
             return True
         estimate, first = account.estimate, account.taken == 0
         if estimate != estimate:

@@ -118,7 +118,8 @@ def train(
     monitor
         Other options of :class:`~curvscope.Monitor`: ``every``, ``measures``, ``snapshots``, ...
         By default its default measures and fresh approximations beside them about 10 times per
-        training, and snapshots (in full up to a million parameters) about 25 times.
+        training, and snapshots (in full up to a million parameters) about 25 times, whatever the
+        budget: without them there are no paths.
     data
         Folder with the data, for problems that need one.
     device
@@ -248,7 +249,7 @@ class _Training:
         }
         if "snapshots" not in options:
             kind = "full" if subject.problem.layout.numel <= _FULL else "projection"
-            options["snapshots"] = Snapshots(kind, max(1, steps // _SNAPSHOTS))
+            options["snapshots"] = Snapshots(kind, max(1, steps // _SNAPSHOTS), budgeted=False)
         return Monitor(subject.problem, built.optimizer, self.folder, **options)
 
     def _one_epoch(

@@ -124,7 +124,7 @@ def test_short_trainings_do_not_pay_for_a_first_measurement(tmp_path: Path) -> N
     model = plain_net()
     problem = problem_of(model)
     with (
-        pytest.warns(cs.training.MonitorWarning, match="'error' was due 20 times and never"),
+        pytest.warns(cs.training.MonitorWarning, match="Never fitted.*'error', due 20 times"),
         cs.Monitor(problem, OPTIMIZERS["Adam"](model), tmp_path / "r", every=1) as monitor,
     ):
         for _ in range(20):

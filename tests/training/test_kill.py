@@ -4,50 +4,19 @@ from __future__ import annotations
 
 import os
 import random
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pytest
 import torch
 
 import curvscope as cs
 from curvscope.training import lines
-from tests.training.killing import MEASURES, STEPS
+from tests.training.killing import MEASURES, STEPS, served
 
 MOMENTS = int(os.environ.get("CURVSCOPE_KILLS", "20"))
 NAMES = {getattr(measure, "name", measure) for measure in MEASURES} | {"snapshot"}
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Any]:
-    if not hasattr(os, "fork"):
-        pytest.skip("needs fork")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.training.killing"]
-    with subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-        cwd=ROOT,
-    ) as process:
-        stdin, stdout = process.stdin, process.stdout
-        assert stdin is not None and stdout is not None
-        assert stdout.readline() == "ready\n"
-        yield stdin, stdout
-        stdin.close()
-
-
-def run(server: tuple[IO[str], IO[str]], folder: Path, seconds: float) -> str:
-    server[0].write(f"{folder} {seconds}\n")
-    server[0].flush()
-    return server[1].readline().strip()
 
 
 def content(path: Path) -> dict[tuple[int, str], list[dict[str, Any]]]:
@@ -73,11 +42,16 @@ def assert_same(rows: list[dict[str, Any]], expected: list[dict[str, Any]]) -> N
             assert good, (row["step"], row["measure"], key, value, other[key])
 
 
-def test_killed_at_random_moments(server: Any, tmp_path: Path) -> None:
+def test_killed_at_random_moments(tmp_path: Path) -> None:
+    with served("training") as run:
+        killed_at_random_moments(run, tmp_path)
+
+
+def killed_at_random_moments(run: Any, tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     whole.mkdir()
     start = time.perf_counter()
-    assert run(server, whole, -1) == "done 0"
+    assert run(whole, -1) == "done 0"
     duration = time.perf_counter() - start
     expected = content(whole / "run")
     assert {step for step, measure in expected if measure == "loss"} == set(range(1, STEPS + 1))
@@ -87,7 +61,7 @@ def test_killed_at_random_moments(server: Any, tmp_path: Path) -> None:
     for moment in range(MOMENTS):
         folder = tmp_path / f"killed{moment}"
         folder.mkdir()
-        deaths += run(server, folder, generator.uniform(0.1, 0.9) * duration) == "killed"
+        deaths += run(folder, generator.uniform(0.1, 0.9) * duration) == "killed"
         path = folder / "run"
         if (path / "run.json").exists():
             file = (
@@ -100,7 +74,7 @@ def test_killed_at_random_moments(server: Any, tmp_path: Path) -> None:
                 assert_same(rows, expected[key])
             losses = [r["step"] for r in before if r["measure"] == "loss"]
             assert losses == list(range(1, len(losses) + 1))  # none is missing
-        assert run(server, folder, -1) == "done 0"
+        assert run(folder, -1) == "done 0"
         after = content(path)
         assert after.keys() == expected.keys()
         for key, rows in after.items():
