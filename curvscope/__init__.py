@@ -22,6 +22,8 @@ _PUBLIC = {
     "diagonal_kf": "curvature",
     "exact_diagonal": "curvature",
     "hutchinson_diagonal": "curvature",
+    "register_approximation": "curvature",
+    "forget_approximation": "curvature",
     "best_diagonal": "operators",
     "best_identity": "operators",
     "best_kronecker": "operators",

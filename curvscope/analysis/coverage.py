@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import CurvscopeError, OptionError, nearest
 from ..problem import Problem
 from .batches import cut
-from .methods import METHODS, Look
+from .methods import METHODS, Look, Method, own_methods
 from .result import Cost, Result, listing, number
 
 COVERED, UNCOVERED, IGNORED = "covered", "uncovered", "ignored"
@@ -237,16 +237,17 @@ def coverage(problem: Problem) -> Coverage:
     rows = _rows(problem, look)
     refusals: dict[str, str] = {}
     cells: dict[tuple[str, str], Cell] = {}
-    for name, method in METHODS.items():
+    methods = {**METHODS, **own_methods()}
+    for name, method in methods.items():
         reason = method.refusal(look)
         if reason is not None:
             refusals[name] = reason
         for row in rows:
-            cells[row.name, name] = _cell(look, row, name, refusals.get(name))
+            cells[row.name, name] = _cell(look, row, name, method, refusals.get(name))
     size = sum(row.size for row in rows if row.included)
     shares = {
         name: sum(r.size for r in rows if cells[r.name, name].status == COVERED) / size
-        for name in METHODS
+        for name in methods
     }
     dead = [row.name for row in rows if row.state == WITHOUT_INFLUENCE]
     warnings = (
@@ -259,9 +260,9 @@ def coverage(problem: Problem) -> Coverage:
     )
     return Coverage(
         problem=problem.name,
-        methods=tuple(METHODS),
+        methods=tuple(methods),
         parameters=tuple(rows),
-        cells=tuple(cells[row.name, name] for row in rows for name in METHODS),
+        cells=tuple(cells[row.name, name] for row in rows for name in methods),
         shares=shares,
         not_available=refusals,
         buffers={name: b.numel() for name, b in problem.user_model.named_buffers()},
@@ -271,12 +272,12 @@ def coverage(problem: Problem) -> Coverage:
     )
 
 
-def _cell(look: Look, row: ParameterRow, name: str, refusal: str | None) -> Cell:
+def _cell(look: Look, row: ParameterRow, name: str, method: Method, refusal: str | None) -> Cell:
     if not row.included:
         return Cell(parameter=row.name, method=name, status=IGNORED, reason=row.note)
     if refusal is not None:
         return Cell(parameter=row.name, method=name, status=UNCOVERED, reason=refusal)
-    route, reason = METHODS[name].cover(look, row.block)
+    route, reason = method.cover(look, row.block)
     status = COVERED if route else UNCOVERED
     return Cell(
         parameter=row.name, method=name, status=status, route=route, reason=_sentence(reason)

@@ -12,9 +12,11 @@ from ..curvature.gram import record_batch
 from ..curvature.kfra import chain
 from ..curvature.kronecker import kronecker_reason
 from ..curvature.recording import Recording, graph_uses
+from ..curvature.registered import REGISTERED, Registered
 from ..curvature.whole import WholeOperator
 from ..errors import CurvscopeError
 from ..memory import format_bytes
+from ..operators import Operator
 from ..problem import Problem
 from ..problem.cotangents import root_cotangents
 
@@ -197,4 +199,24 @@ METHODS: dict[str, Method] = {
     },
 }
 
-__all__ = ["METHODS", "Look", "Method"]
+
+def own_methods() -> dict[str, Method]:
+    """Approximations that the user registered: made on the small problem, and asked."""
+    return {name: _own(found) for name, found in REGISTERED.items()}
+
+
+def _own(found: Registered) -> Method:
+    made: list[Operator] = []
+
+    def refusal(look: Look) -> str | None:
+        return _why(lambda: made.append(found.make(look.problem)))
+
+    def cover(look: Look, block: str) -> tuple[str, str]:
+        reasons = made[0].info.settings.get("uncovered", {})
+        missing = block in made[0].uncovered
+        return ("", str(reasons.get(block, "not defined"))) if missing else ("your own", "")
+
+    return Method(refusal, cover)
+
+
+__all__ = ["METHODS", "Look", "Method", "own_methods"]

@@ -29,6 +29,7 @@ from .checks import (
     Marks,
     Outcome,
     prepare,
+    registered,
 )
 from .result import Cost, Result, listing
 
@@ -187,8 +188,10 @@ def verify(
     problem.check()
     case = prepare(problem, samples, columns, seed, before)
     case.double.check()
-    stage(f"{len(CHECKS)} checks")
-    checks = tuple(run(entry, case) for entry in track(list(CHECKS.values()), "Checks"))
+    entries = list(CHECKS.values())
+    entries[-1:-1] = registered.entries()  # side effects of all of it last
+    stage(f"{len(entries)} checks")
+    checks = tuple(run(entry, case) for entry in track(entries, "Checks"))
     trust, reasons = _trust(checks)
     return Verification(
         problem=problem.name,

@@ -4,6 +4,7 @@ from .diagonal import diagonal_kf, exact_diagonal, hutchinson_diagonal
 from .exact import empirical_fisher, fisher, ggn, hessian
 from .kfra import kfra
 from .kronecker import ekfac, foof, kfac, kflr
+from .registered import forget_approximation, register_approximation
 
 __all__ = [
     "diagonal_kf",
@@ -12,10 +13,12 @@ __all__ = [
     "exact_diagonal",
     "fisher",
     "foof",
+    "forget_approximation",
     "ggn",
     "hessian",
     "hutchinson_diagonal",
     "kfac",
     "kflr",
     "kfra",
+    "register_approximation",
 ]

@@ -10,6 +10,7 @@ from typing import Any
 
 from .. import curvature
 from ..analysis import Comparison
+from ..curvature.registered import REGISTERED, Registered
 from ..errors import CurvscopeError
 from ..operators import (
     Operator,
@@ -20,6 +21,7 @@ from ..operators import (
 from ..problem import Problem
 
 KRONECKER, DIAGONAL, EXACT, BEST = "Kronecker", "diagonal", "other exact matrix", "best of a class"
+OWN = "your own"
 """Groups of approximations, in the order of the page."""
 
 
@@ -208,6 +210,18 @@ RECIPES: tuple[Recipe, ...] = (
         lambda i: best_identity(i.ggn),
     ),
 )
+
+
+def recipes() -> tuple[Recipe, ...]:
+    """All recipes, those of approximations that the user registered last."""
+    return RECIPES + tuple(
+        Recipe(name, OWN, found.about, _made(found), main=True)
+        for name, found in REGISTERED.items()
+    )
+
+
+def _made(found: Registered) -> Callable[[Ingredients], Operator]:
+    return lambda i: found.make(i.problem)
 
 
 @dataclass

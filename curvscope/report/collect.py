@@ -14,7 +14,7 @@ from ..errors import CurvscopeError
 from ..operators import KroneckerOperator, Operator
 from ..problem import Problem
 from ..progress import stage, track
-from .approximations import BEST, RECIPES, Ingredients, Made, mark_twins, operators
+from .approximations import BEST, Ingredients, Made, mark_twins, operators, recipes
 from .findings import DENSE_ROWS, CostRow, Findings, Settings, block_operators
 from .hessian import compare_hessian, hessian_blocks, hessian_ends
 
@@ -63,7 +63,7 @@ def _steps(found: Findings) -> list[tuple[str, Callable[[], None]]]:
         ("Problem", lambda: _problem(found)),
         ("Exact GGN", lambda: _ggn(found)),
     ]
-    steps += [(recipe.name, approximation(recipe)) for recipe in RECIPES]
+    steps += [(recipe.name, approximation(recipe)) for recipe in recipes()]
     steps += [("Compared with the GGN", lambda: _compare_ggn(found))]
     if found.settings.hessian:
         steps += [

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..analysis.compare import compare
 from ..analysis.comparison import Comparison
 from ..curvature import diagonal_kf, hutchinson_diagonal, kfac
+from ..curvature.registered import REGISTERED
 from ..errors import OptionError, nearest
 from ..operators import Operator
 from .measures import Measure, Rows, register
@@ -158,23 +159,29 @@ class Fresh(_Compared):
     """K-FAC, diagonal Kronecker factors and Hutchinson's diagonal, computed on the probe.
 
     The same comparison as :class:`Error`, for approximations at the current parameters: what an
-    optimizer could have. ``names`` chooses among the keys of ``curvature_measures.FRESH``.
+    optimizer could have. ``names`` chooses among the keys of ``curvature_measures.FRESH`` and what
+    :func:`curvscope.register_approximation` was given; by default it is all of them.
     """
 
     name = "fresh"
     weight = 4.0
 
-    def __init__(self, names: Sequence[str] = tuple(FRESH)) -> None:
+    def __init__(self, names: Sequence[str] | None = None) -> None:
+        known = [*FRESH, *REGISTERED]
+        names = known if names is None else names
         self.names = (names,) if isinstance(names, str) else tuple(names)
         for name in self.names:
-            if name not in FRESH:
+            if name not in known:
                 raise OptionError(
-                    f"There is no fresh {name!r}.{nearest(name, FRESH)} There are {list(FRESH)}."
+                    f"There is no fresh {name!r}.{nearest(name, known)} There are {known}."
                 )
 
     def approximations(self, moment: Moment) -> dict[str, Operator]:
         """The chosen ones."""
-        return {name: FRESH[name](moment) for name in self.names}
+        return {
+            name: FRESH[name](moment) if name in FRESH else REGISTERED[name].make(moment.problem)
+            for name in self.names
+        }
 
     def price(self, moment: Moment) -> float:
         """As for :class:`Error`, and the approximations themselves."""

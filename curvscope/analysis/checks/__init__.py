@@ -3,7 +3,7 @@
 To add one, write a function from a :class:`Case` to an :class:`Outcome` under ``@register``.
 """
 
-from . import backpack, behaviour, derivatives, gaussnewton, matrices, tools
+from . import backpack, behaviour, derivatives, gaussnewton, matrices, registered, tools
 from .base import (
     CHECKS,
     CURVSCOPE,
@@ -58,6 +58,7 @@ __all__ = [
     "not_applicable",
     "prepare",
     "register",
+    "registered",
     "skipped",
     "tools",
 ]

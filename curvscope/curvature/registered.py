@@ -1,0 +1,108 @@
+"""Approximations of the user's own, by name, for everything that goes through all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..errors import OptionError
+from ..operators import Operator
+from ..problem import Problem
+
+Make = Callable[[Problem], Operator]
+
+REGISTERED: dict[str, Registered] = {}
+"""What :func:`register_approximation` was given, by name, in that order."""
+
+_TAKEN = frozenset(
+    """K-FAC|K-FAC (reduce)|K-FAC (sampled)|K-FAC (sampled, reduce)|K-FAC (empirical)
+    K-FAC (empirical, reduce)|EKFAC|KFLR|KFRA|FOOF|diagonal K-FAC|AdaFisher factors
+    AdaFisher factors (min-max)|Hutchinson diagonal|Hutchinson diagonal (spatial)|exact diagonal
+    empirical Fisher|nearest Kronecker|nearest diagonal Kronecker|nearest identity
+    Hessian|GGN|Fisher""".replace("\n    ", "|").split("|")
+)
+
+
+@dataclass(frozen=True)
+class Registered:
+    """An approximation of the user's own: its name, a sentence about it, and its function."""
+
+    name: str
+    about: str
+    function: Make
+
+    def make(self, problem: Problem) -> Operator:
+        """The operator; ``OptionError`` for anything that is none over the problem's parameters."""
+        op = self.function(problem)
+        if not isinstance(op, Operator):
+            raise OptionError(
+                f"The approximation {self.name!r} returned {type(op).__name__}; it must return an "
+                "Operator, such as BlockDiagonalOperator(blocks, problem.layout, problem.blocks)."
+            )
+        if op.layout != problem.layout:
+            raise OptionError(
+                f"The approximation {self.name!r} returned an operator of {op.shape[0]:,} rows "
+                "that is not over the problem's parameters; give it layout=problem.layout."
+            )
+        return op
+
+
+def register_approximation(name: str, *, about: str = "") -> Callable[[Make], Make]:
+    """Make a function ``problem -> Operator`` known by ``name`` to reports, coverage and checks.
+
+    A decorator. From then on :func:`curvscope.make_report` shows the approximation beside all
+    others, :func:`curvscope.coverage` has a column for it, :func:`curvscope.verify` checks it on
+    the problem at hand (symmetry, products, one result for any way to cut the data into batches,
+    scale), and the monitor's measure ``"fresh"`` takes it along. ``about`` is the sentence that
+    stands beside it in reports; by default the first one of the function's docstring. The function
+    itself is returned as it is, and registering a name again replaces what it stood for.
+
+    Raises ``OptionError`` for an empty name, the name of an approximation of curvscope's own, and
+    what cannot be called.
+
+    Cost: none; the function is called when it is needed.
+
+    Source: none; the approximation's own docstring names its paper.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import curvscope as cs
+    >>> from curvscope.operators import BlockDiagonalOperator, IdentityOperator
+    >>> @cs.register_approximation("unit", about="The identity, whatever the network.")
+    ... def unit(problem):
+    ...     sizes = {b: problem.layout.restrict(m).numel for b, m in problem.blocks.items()}
+    ...     blocks = {name: IdentityOperator(size) for name, size in sizes.items()}
+    ...     return BlockDiagonalOperator(blocks, problem.layout, problem.blocks)
+    >>> model, data = torch.nn.Linear(3, 2), (torch.eye(3), torch.tensor([0, 1, 0]))
+    >>> problem = cs.Problem(model, torch.nn.CrossEntropyLoss(), data)
+    >>> cs.coverage(problem).shares["unit"]
+    1.0
+    >>> cs.forget_approximation("unit")
+    """
+    if not isinstance(name, str) or not name.strip():
+        raise OptionError(f"An approximation needs a name, not {name!r}.")
+    if name in _TAKEN:
+        raise OptionError(f"{name!r} is an approximation of curvscope's own; take another name.")
+
+    def register(function: Make) -> Make:
+        if not callable(function):
+            raise OptionError(f"{name!r} must be a function of a Problem, not {function!r}.")
+        doc = (getattr(function, "__doc__", None) or "").strip().split("\n\n")[0]
+        REGISTERED[name] = Registered(name, about or " ".join(doc.split()), function)
+        return function
+
+    return register
+
+
+def forget_approximation(name: str) -> None:
+    """Undo :func:`register_approximation`; an unknown name is none to begin with.
+
+    Cost: none. Raises nothing. Source: none.
+
+    Examples
+    --------
+    >>> import curvscope as cs
+    >>> cs.forget_approximation("never registered")
+    """
+    REGISTERED.pop(name, None)
