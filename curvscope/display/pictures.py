@@ -88,7 +88,7 @@ def bar(share: float) -> str:
         return ""
     wide = 60 * min(max(share, 0.0), 1.0)
     return (
-        '<svg width="60" height="8" aria-hidden="true">'
+        '<svg width="60" height="8" viewBox="0 0 60 8" aria-hidden="true">'
         f'<rect width="{wide:.1f}" height="8" rx="1.5" fill="{_rgb(POSITIVE)}"/></svg>'
     )
 

@@ -17,6 +17,7 @@ import curvscope as cs
 from curvscope.analysis.result import Result
 from curvscope.operators import BlockDiagonalOperator, KroneckerOperator, Operator
 
+from ..operators.cases import all_cases, concrete_subclasses
 from ..plotting import pictures, trainings
 from .test_render import well_formed
 
@@ -151,6 +152,7 @@ def operators() -> dict[str, Operator]:
 
 
 OPERATORS = operators()
+CASES = all_cases()  # made before computing is forbidden
 
 
 @pytest.mark.parametrize("name", list(OPERATORS))
@@ -166,6 +168,18 @@ def test_operators_show_what_is_known_and_compute_nothing(
         assert f">{block}</td>" in text
     well_formed(op.blocks._repr_html_())  # type: ignore[attr-defined]
     assert ("exact" if op.info.exact else "approximate") in text
+
+
+def test_every_class_of_operators_shows_itself(nothing_is_computed: None) -> None:
+    """Those of the conformance tests, which have all; a new class is looked at by itself."""
+    seen = set()
+    for case in CASES:
+        text = case.op._repr_html_()
+        well_formed(text)
+        assert "12 × 12" in text and repr(case.op) and len(text) < 40_000, case.name
+        seen.add(type(case.op))
+    ours = {kind for kind in concrete_subclasses(Operator) if kind.__module__[:9] == "curvscope"}
+    assert ours <= seen, ours - seen
 
 
 def test_blocks_say_how_they_are_held() -> None:
