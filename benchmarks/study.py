@@ -105,6 +105,8 @@ def main() -> None:
         chosen.work.mkdir(parents=True, exist_ok=True)
         for name in chosen.only:
             found = collect(plan.QUESTIONS[name], chosen.work, chosen.data)
+            if not found["parts"]:
+                continue
             study = {**known(), name: found}  # another question may have been written meanwhile
             RESULT.write_text(dumped({q: study[q] for q in plan.QUESTIONS if q in study}))
     page.write(known())

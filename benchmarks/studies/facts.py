@@ -18,9 +18,9 @@ def facts(study: Study) -> dict[str, Callable[..., str]]:
     """The functions by name, each bound to the study."""
     functions = (
         *(factor, factor_layer, layers_above, layers_below, lost, error),
-        *(distance, farthest, angle, outcome, twin_losses, bound, bound_angle),
+        *(kind, distance, farthest, angle, outcome, twin_losses, bound, bound_angle),
         *(inverse, inverse_layer, fired, gap),
-        *(estimate, bias, size, rank, spatial_gap, training),
+        *(stuck, crossover, ratio, gains, estimate, bias, size, rank, spatial_gap, training),
         *(minutes, machine),
     )
     return {f.__name__: functools.partial(f, study) for f in functions}
@@ -76,6 +76,12 @@ def distance(study: Study, case: str, at: int) -> str:
     return spread([median_of(p["steps"][at], "inverse") for p in parts])
 
 
+def kind(study: Study, case: str, layer: str, key: str) -> str:
+    """Mean over the layers of one type at the last measurement."""
+    last = [p["steps"][-1]["layers"] for p in records(study, "identity", case)]
+    return spread([mean(r[key] for r in rows if r["kind"] == layer) for rows in last])
+
+
 def farthest(study: Study, case: str, at: int, key: str = "inverse") -> str:
     """The largest number of any layer and seed."""
     parts = records(study, "identity", case)
@@ -94,6 +100,12 @@ def twin_losses(study: Study, case: str, key: str = "train") -> str:
     """AdaFisher's number minus that of its twin, seed by seed."""
     parts = records(study, "identity", case)
     return spread([p["AdaFisher"][key] - p["twin"][key] for p in parts])
+
+
+def stuck(study: Study, case: str, who: str) -> str:
+    """How many seeds ended no better than guessing (loss log 10)."""
+    parts = records(study, "identity", case)
+    return f"{sum(p[who]['train'] > 2.2 for p in parts)} of {len(parts)}"
 
 
 def _largest() -> float:
@@ -164,10 +176,33 @@ def rank(study: Study, net: str, when: str, kind: str) -> str:
     return bias(study, net, when, f"rms_rank_{kind}")
 
 
+def ratio(study: Study, net: str, when: str, key: str = "averaged", at: int = 0) -> str:
+    """By what factor averaging lowers the error of ``2^at`` probes; mean over layers."""
+    found = [mean(r["plain"][at] / r[key][at] for r in rows) for rows in _layers(study, net, when)]
+    return spread(found)
+
+
+def gains(study: Study, net: str, when: str) -> str:
+    """The same for the root mean square that AdaHessian divides by."""
+    layers = _layers(study, net, when)
+    return spread(
+        [mean(r["rms_energy_plain"] / r["rms_energy_averaged"] for r in x) for x in layers]
+    )
+
+
+def crossover(study: Study, net: str, when: str) -> str:
+    """Probes from which the plain mean is nearer than the exact average: (error of one / bias)^2,
+    as the error falls with the root of their number; one digit, the least of layers and seeds."""
+    rows = [r for own in _layers(study, net, when) for r in own]
+    least = min((r["plain"][0] / r["bias"]) ** 2 for r in rows)
+    return f"{float(f'{least:.1g}'):,.0f}"
+
+
 def spatial_gap(study: Study) -> str:
     """The largest gap between the two computations of the spatial average."""
     parts = study["spatial"]["parts"].values()
-    return f"{max(p[when]['gap'] for p in parts for when in ('init', 'trained')):.0e}"
+    largest = max(p[when]["gap"] for p in parts for when in ("init", "trained"))
+    return f"{largest:.0e}" if largest else "nothing"
 
 
 def training(study: Study, case: str, key: str = "train") -> str:

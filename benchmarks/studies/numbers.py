@@ -53,12 +53,9 @@ def spread(values: Sequence[float]) -> str:
     if any(v is None or math.isnan(v) for v in values):
         return "–"
     centre, error = statistics.fmean(values), stderr(values)
-    if math.isnan(error) or error == 0 or abs(centre) >= 1e4 or 0 < abs(centre) < 1e-3:
+    if math.isnan(error) or error == 0 or abs(centre) >= 1e4:
         return short(centre)
     place = max(-math.floor(math.log10(error)), 0)
-    if abs(centre) > 0:  # never fewer than two digits of the mean
-        place = max(place, min(3, 1 - math.floor(math.log10(abs(centre)))), 0)
-    shown = f"{error:.{place}f}"
-    if float(shown) == 0:
-        shown = f"{error:.0e}"
-    return f"{centre:.{place}f} ± {shown}"
+    if centre:  # never fewer than two digits of the mean
+        place = max(place, min(3, 1 - math.floor(math.log10(abs(centre)))))
+    return short(centre) if place > 6 else f"{centre:.{place}f} ± {error:.{place}f}"

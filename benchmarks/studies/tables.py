@@ -34,9 +34,6 @@ def factors(study: Study) -> str:
                         f"{len(sizes)} of {min(sizes)} to {max(sizes)}",
                         spread([mean(r["share"] for r in layers) for layers in own]),
                         spread([mean(r["null"] for r in layers) for layers in own]),
-                        spread(
-                            [mean(r["share"] > 2 * r["null"] for r in layers) for layers in own]
-                        ),
                         spread([mean(r["share"] < r["null"] for r in layers) for layers in own]),
                         spread([mean(r["dominant"] for r in layers) for layers in own]),
                     ]
@@ -48,7 +45,6 @@ def factors(study: Study) -> str:
         "layers and rows",
         "diagonal share",
         "null model",
-        "layers above twice the null",
         "layers below the null",
         "rows dominated",
     ]
@@ -239,6 +235,8 @@ def spatial(study: Study) -> str:
         for when, words in WHEN.items():
             own = [list(p[when]["layers"].values()) for p in parts]
             for k, count in enumerate(parts[0]["probes"]):
+                if count not in (1, 4, 32):  # the figure has them all
+                    continue
                 rows.append(
                     [
                         net,
