@@ -5,6 +5,7 @@ The commands are in :mod:`curvscope.commands`, one file each.
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
 from typing import Any
@@ -47,6 +48,9 @@ def main() -> None:
             number = getattr(signal, name)
             if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
                 signal.signal(number, _end)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal may not know every sign
+            stream.reconfigure(errors="replace")
     try:
         make_app()()
     except KeyboardInterrupt:

@@ -4,6 +4,7 @@
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,7 +66,7 @@ def reported(debug: bool) -> Iterator[None]:
     from ..progress import show_progress, show_stages
 
     try:
-        with show_progress() if sys.stderr.isatty() else show_stages():
+        with show_progress() if _draws_bars() else show_stages():
             yield
     except CurvscopeError as error:
         if debug:
@@ -75,6 +76,11 @@ def reported(debug: bool) -> Iterator[None]:
     except KeyboardInterrupt:
         say("Interrupted; nothing was written.")
         raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+def _draws_bars() -> bool:
+    """Whether a person watches, on a terminal that can draw a line again."""
+    return sys.stderr.isatty() and os.environ.get("TERM", "") not in ("", "dumb")
 
 
 def load(

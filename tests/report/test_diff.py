@@ -315,5 +315,8 @@ def test_the_page_in_a_browser(
         tab.size(width, 844, phone=width < 800)
         tab.open(page)
         assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    tab.media(kind="print")
+    tab.size(690, 1000)
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 690
     assert tab.errors == []
     assert tab.pdf().startswith(b"%PDF")
