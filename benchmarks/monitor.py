@@ -5,7 +5,8 @@
 Two copies of a training take the same steps, one after the other in turns, one of them watched. The
 overhead is what the watched one takes more, over the time of the other: making the monitor, its
 steps, and ending it, all by a clock outside the monitor. ``--clock cpu`` counts the processor time
-of the process, on a machine that others use as well. Without ``--data`` (a folder with MNIST
+of the process, on a machine that others use as well. Rows are kept in ``results/monitor.json``, so
+that problems can be measured one by one. Without ``--data`` (a folder with MNIST
 and CIFAR-10) only ``digits-cnn`` is measured. Every row has a process of its own.
 """
 
@@ -39,6 +40,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "cifar10-resnet20": ("sgd:lr=0.1,momentum=0.9,weight_decay=1e-4", "adafisher"),
 }
 LIMIT = 0.05
+KEPT = common.RESULTS / "monitor.json"
 PARTS = 20  # of a training, for the spread of the ratio
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -130,6 +132,7 @@ def measure(name: str, optimizer: str, seconds: float, data: str | None) -> dict
     )
     return {
         "problem": name,
+        "clock": "cpu" if now is time.process_time else "wall",
         "optimizer": optimizer.partition(":")[0],
         "steps": step,
         "seconds": plain.seconds,
@@ -173,7 +176,7 @@ def main() -> None:
         found = measure(*chosen.one, chosen.seconds, folder_of(chosen.one[0], chosen.data))
         print(json.dumps(found))
         return
-    rows = []
+    kept: dict[str, Any] = json.loads(KEPT.read_text()) if KEPT.exists() else {}
     for name in chosen.only:
         if chosen.data is None and not name.startswith("digits"):
             continue
@@ -185,9 +188,13 @@ def main() -> None:
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             found = json.loads(done.stdout.splitlines()[-1])
             print(done.stdout.splitlines()[-1], flush=True)
-            rows.append(found)
+            kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+            kept[f"{name} {found['optimizer']}"] = found
+            KEPT.write_text(json.dumps(kept, indent=1) + "\n")
+    order = [f"{n} {o.partition(':')[0]}" for n, names in CASES.items() for o in names]
+    rows = [kept[key] for key in order if key in kept]
     header = (
-        "problem", "optimizer", "steps", "ms per step", "overhead", "inside the monitor",
+        "problem", "optimizer", "seconds", "steps", "ms per step", "overhead", "inside the monitor",
         "by the monitor itself", "taken: error", "sharpness", "others", "same bits", "memory",
     )  # fmt: skip
     written = []
@@ -195,21 +202,21 @@ def main() -> None:
         taken = r["taken"]
         others = sum(v for k, v in taken.items() if k not in ("loss", "error", "sharpness"))
         written.append((
-            r["problem"], r["optimizer"], r["steps"], f"{1e3 * r['step']:.3g}",
+            r["problem"], r["optimizer"], f"{r['seconds']:.0f} ({r['clock']})", r["steps"],
+            f"{1e3 * r['step']:.3g}",
             f"{100 * r['overhead']:.1f} %", f"{100 * r['inside']:.1f} %",
             f"{100 * r['own']:.1f} %", taken.get("error", "-"), taken.get("sharpness", "-"),
             others, "yes" if r["same"] else "NO", f"{r['grown'] / 2**20:+.1f} MiB",
         ))  # fmt: skip
-    kind = "of the clock on the wall" if chosen.clock == "wall" else "of processor time"
     notes = (
-        f"Two copies of a training of {chosen.seconds:g} s ({kind}) take turns step by step; one "
+        "Two copies of a training take turns step by step; one "
         "is watched by a Monitor with its default settings, which writes its run to disk. "
         "*Overhead*: the time of the watched one (making and ending the monitor included) over "
         "that of the other, minus 1. *Inside the monitor*: the part of it that passes in the "
         "monitor's own calls, by a clock outside it. *By the monitor itself*: `monitor.overhead`. "
         "*Taken*: how often the measures were taken within the share of 5 %. *Same bits*: whether "
         "both ended with the same parameters and buffers. *Memory*: growth of the process over "
-        "the second half."
+        "the second half. *Seconds*: of each training, of the processor (cpu) or on the wall."
     )
     common.write("monitor", "What watching a training costs", header, written, notes)
     if any(r["overhead"] > LIMIT or not r["same"] for r in rows):

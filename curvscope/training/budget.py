@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import OptionError
 
 _MARGIN = 1.2  # measurements do not all take the same time
-_INSIDE = 0.95  # of the budget; the step after a measurement finds its caches cold
+_INSIDE = 0.9  # of the budget; the step after a measurement finds its caches cold
 _RESERVE = 0.005  # seconds, for ending the run
 _STEADY = 0.4  # of the budget, for all measures that are taken at every step
 _FOR_ALL = 0.25  # of what is left, for a measure's first time though another one waits

@@ -58,8 +58,8 @@ def test_the_cap_holds_once_a_measure_has_been_timed(tmp_path: Path) -> None:
     # its price was not known at first: it pays for that before it is taken again
     assert taken[0] == 1 and taken[1] >= 1 + 0.3 / 0.05
     assert max(overheads[20:]) <= 0.05
-    # and what it may take it takes: 400 * 0.05 / 0.3 = 66
-    assert 60 <= len(taken) <= 66
+    # and what it may take it takes: 400 * 0.05 / 0.3 = 66, less what is kept back
+    assert 55 <= len(taken) <= 66
     gaps = [b - a for a, b in itertools.pairwise(taken[1:])]
     assert max(gaps) - min(gaps) <= 2
 

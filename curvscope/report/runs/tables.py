@@ -64,8 +64,13 @@ def _result(runs: Runs, group: Group, tested: bool, right: bool) -> list[Cell]:
     share = _mean(shares)
     cells.append(Cell("–" if share is None else _times(share), sort=share))
     alarms = sum(1 for m in best for r in m.rows("alarm") if r["state"] == "raised") / len(best)
-    cells.append(number(alarms, 2))
+    cells.append(_count(alarms))
     return cells
+
+
+def _count(value: float) -> Cell:
+    """A count, or a mean of counts."""
+    return Cell(f"{value:,.0f}", sort=value) if value == value // 1 else number(value, 2)
 
 
 def _times(share: float) -> str:
