@@ -6,7 +6,7 @@ setting of matplotlib, and import it only when they are called.
 
 Without ``ax=`` a picture gets a figure of its own. In a notebook or at a prompt it is shown as
 figures of ``pyplot`` are; in a script it is a plain figure that goes when it is no longer used:
-``result.plot().figure.savefig("file.png")``, or ``result.plot(ax=plt.gca())`` to show it in a
+``plot.save(result.plot(), "file.pdf")``, or ``result.plot(ax=plt.gca())`` to show it in a
 window.
 """
 
@@ -26,6 +26,7 @@ from .plotting.estimates import plot_density, plot_diagonal, plot_eigenpairs, pl
 from .plotting.extremes import plot_extremes
 from .plotting.local import plot_gradient_noise, plot_local_model
 from .plotting.matrices import plot_blocks, plot_factors, plot_matrix
+from .plotting.saving import save
 from .plotting.shares import plot_bands, plot_diagonal_shares
 from .plotting.spectra import plot_histogram, plot_spectra
 from .plotting.stability import (
@@ -69,6 +70,7 @@ __all__ = [
     "plot_surface",
     "plot_trajectories",
     "plot_verification",
+    "save",
     "style",
 ]
 

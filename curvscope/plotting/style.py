@@ -69,6 +69,8 @@ RC: Mapping[str, Any] = {
     "image.interpolation": "nearest",
     "svg.fonttype": "none",
     "svg.hashsalt": "curvscope",
+    "pdf.fonttype": 42,
+    "ps.fonttype": 42,
     "path.simplify": True,
 }
 
