@@ -208,6 +208,13 @@ class _LazyBlocks(Blocks):
     def __iter__(self) -> Iterator[str]:
         return iter(self._owner.members)
 
+    def _known(self) -> Mapping[str, Operator]:
+        return self._owner._blocks
+
+    def __repr__(self) -> str:
+        there = f", computed are {list(self._known())}" if self._known() else ""
+        return f"Blocks({list(self)}, each computed when it is looked up{there})"
+
 
 def whole_plan(op: WholeOperator) -> BlockPlan | None:
     """One block of all parameters, if the gram route is valid for every block."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..analysis.comparison import WHOLE, Comparison
 from ..analysis.metrics import METRICS
-from ..errors import NotDefinedError, OptionError, ReportError
+from ..errors import NotDefinedError, OptionError, ReportError, RunError
 from ..report.read import read_report
 from ..report.write import KIND
 from ..training.run import Run
@@ -100,6 +100,10 @@ def read(source: Any) -> Data:
         path = Path(source).expanduser()
         if (path / "run.json").is_file():
             return _of_run(Run(path))
+        inner = sorted(p.parent for p in path.glob("*/run.json")) if path.is_dir() else []
+        if inner and not (path / "report.json").is_file():
+            few = ", ".join(str(p) for p in inner[:4]) + (", ..." if len(inner) > 4 else "")
+            raise RunError(f"{path} is a folder of runs; explore one of them: {few}.")
         return _of_report(read_report(path))
     raise OptionError(
         f"cs.explore takes a Run, a report, a Comparison or a path, not {type(source).__name__}. "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import io
 import math
+import zlib
 from typing import Any
 
 from ..analysis.comparison import place
@@ -185,7 +186,7 @@ def _figure(figure: Any, caption: str) -> str:
     """The figure in the notebook's own colours."""
     file = io.StringIO()
     figure.savefig(file, format="svg", bbox_inches="tight")
-    picture = for_page(file.getvalue(), f"explore-{abs(hash(caption)) % 10**6}", caption)
+    picture = for_page(file.getvalue(), f"explore-{zlib.crc32(caption.encode())}", caption)
     return (
         '<div class="cs-explore" style="--grid:rgba(128,128,128,.4);--paper:transparent;'
         f'fill:currentColor;width:540px;max-width:100%;margin:4px">{picture}'

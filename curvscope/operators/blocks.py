@@ -27,8 +27,13 @@ class BlockMapping(Shown, Mapping[str, Operator]):
     def _ipython_key_completions_(self) -> list[str]:
         return list(self)
 
+    def _known(self) -> Mapping[str, Operator]:
+        """Blocks that are there without computing anything."""
+        found: Mapping[str, Operator] = vars(self).get("_blocks", {})
+        return found
+
     def _card_(self) -> Card:
-        known = vars(self).get("_blocks", {})
+        known = self._known()
         rows = [
             {
                 "block": name,

@@ -192,6 +192,15 @@ def test_blocks_say_how_they_are_held() -> None:
     assert OPERATORS["block of K-FAC"]._repr_html_().count("<img") == 2
 
 
+def test_blocks_that_are_computed_later_print_their_names() -> None:
+    blocks = cs.hessian(problem()).blocks
+    assert repr(blocks) == "Blocks(['0', '2'], each computed when it is looked up)"
+    assert blocks["2"].shape == (12, 12)
+    assert "computed are ['2']" in repr(blocks)
+    shown = blocks._repr_html_()  # type: ignore[attr-defined]
+    assert shown.count("made when asked for") == 1 and "12 x 12" in shown
+
+
 def test_problems_show_themselves_before_and_after_a_pass() -> None:
     p = problem("a <name> & more")
     text = p._repr_html_()

@@ -191,6 +191,10 @@ def test_a_report_on_disk_is_found_by_folder_and_file(tmp_path: Path) -> None:
 def test_what_cannot_be_explored_is_refused(tmp_path: Path) -> None:
     with pytest.raises(cs.errors.ReportError, match="holds no report"):
         cs.explore(tmp_path)
+    (tmp_path / "kfac").mkdir()
+    (tmp_path / "kfac" / "run.json").write_text("{}")
+    with pytest.raises(cs.errors.RunError, match=r"a folder of runs; .*kfac"):
+        cs.explore(tmp_path)
     with pytest.raises(cs.errors.OptionError, match=r"not Spectrum. Results have \.plot"):
         cs.explore(cs.spectrum(torch.eye(2)))
     with pytest.raises(cs.errors.ReportError, match="explore one of their runs"):
