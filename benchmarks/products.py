@@ -114,7 +114,8 @@ def single(case: cases.Case, rounds: int, sync: Callable[[], None]) -> list[list
             continue
         error = ""
         if matrix in exact:
-            error = f"{float((value.detach().double() - exact[matrix]).norm() / exact[matrix].norm()):.1e}"
+            gap = (value.detach().double() - exact[matrix]).norm() / exact[matrix].norm()
+            error = f"{float(gap):.1e}"
         hand = peer = ""
         if "curvscope" in name:
             fastest = _fastest_peer(times, matrix)
