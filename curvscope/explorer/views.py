@@ -10,7 +10,7 @@ from typing import Any
 
 from ..analysis.comparison import place
 from ..display import Card, Table, render
-from ..plotting.style import DASHES, INK, MUTED, PALETTE, log_axis, new_figure, short, styled
+from ..plotting.style import DASHES, INK, MUTED, PALETTE, log_axis, short, styled
 from ..report.svg import for_page
 from .reading import Data, Row
 
@@ -28,7 +28,7 @@ def errors(data: Data, choice: dict[str, Any]) -> str:
 @styled
 def _over_steps(data: Data, choice: dict[str, Any]) -> str:
     metric, name, block = choice["metric"], choice["approximation"], choice["block"]
-    figure = new_figure(6.0, 3.0)
+    figure = _new_figure(6.0, 3.0)
     ax = figure.add_subplot()
     others = [n for n in data.approximations(choice["reference"]) if n != name]
     drawn = 0
@@ -62,7 +62,7 @@ def _over_blocks(data: Data, choice: dict[str, Any]) -> str:
     rows = [r for r in rows if _finite(r.get(metric))][:40]
     if not rows:
         return _nothing(f"{name} has no {metric.replace('_', ' ')}.")
-    figure = new_figure(6.0, 1.0 + 0.26 * len(rows))
+    figure = _new_figure(6.0, 1.0 + 0.26 * len(rows))
     ax = figure.add_subplot()
     places = list(range(len(rows)))
     bold = [r["block"] == choice["block"] for r in rows]
@@ -85,7 +85,7 @@ def training(data: Data, choice: dict[str, Any]) -> str:
     """Loss and largest eigenvalue over the steps of a run."""
     if not data.curves:
         return ""
-    figure = new_figure(6.0, 1.0 + 1.2 * len(data.curves))
+    figure = _new_figure(6.0, 1.0 + 1.2 * len(data.curves))
     panels = figure.subplots(len(data.curves), 1, sharex=True, squeeze=False)[:, 0]
     for ax, (name, (steps, values)) in zip(panels, data.curves.items(), strict=True):
         ax.plot(steps, values, color=INK)
@@ -104,7 +104,7 @@ def spectra(data: Data, choice: dict[str, Any]) -> str:
     shown = {name: found[name] for name in wanted if name in found} or dict(found)
     if not shown:
         return _nothing(f"There are no eigenvalues of {place(choice['block'])}.")
-    figure = new_figure(6.0, 3.0)
+    figure = _new_figure(6.0, 3.0)
     ax = figure.add_subplot()
     for rank, (name, values) in enumerate(list(shown.items())[:_MOST_LINES]):
         sizes = sorted((abs(v) for v in values if _finite(v) and v), reverse=True)
@@ -164,6 +164,16 @@ def notes(data: Data) -> str:
     return render(
         Card(title="", tables=[Table(rows, title=f"{len(rows)} notes and warnings", folded=True)])
     )
+
+
+def _new_figure(width: float, height: float) -> Any:
+    """A figure that pyplot does not know, or the notebook would show it a second time."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def _logarithmic_if_wide(ax: Any) -> None:

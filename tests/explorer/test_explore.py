@@ -177,6 +177,20 @@ def test_it_shows_itself_as_a_widget() -> None:
     assert "application/vnd.jupyter.widget-view+json" in bundle
 
 
+def test_figures_are_shown_by_the_widgets_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a prompt or in a notebook, pyplot shows its figures by itself at the end of a cell."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    before = plt.get_fignums()
+    board = cs.explore(document())
+    board.controls["block"].value = "second"
+    assert plt.get_fignums() == before
+
+
 def test_a_report_on_disk_is_found_by_folder_and_file(tmp_path: Path) -> None:
     rest = {name: [] for name in ("summary", "figures", "layers", "approximations", "cost")}
     whole = {"created": "", "command": "", "environment": {}, "settings": {}, **rest, **document()}
