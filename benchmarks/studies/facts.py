@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from . import identity as adafisher
+from . import tables
 from .numbers import Study, each, mean, records, short, spread
 from .tables import median_of
 
@@ -19,7 +20,7 @@ def facts(study: Study) -> dict[str, Callable[..., str]]:
     functions = (
         *(factor, factor_layer, layers_above, layers_below, lost, error),
         *(kind, distance, farthest, angle, outcome, twin_losses, bound, bound_angle),
-        *(inverse, inverse_layer, fired, gap),
+        *(inverse, scatter, worse, fired, gap),
         *(stuck, crossover, ratio, gains, estimate, bias, size, rank, spatial_gap, training),
         *(minutes, machine),
     )
@@ -134,10 +135,17 @@ def inverse(study: Study, at: int, who: str, key: str = "") -> str:
     return spread([mean(r[who][key] if key else r[who] for r in rows) for rows in own])
 
 
-def inverse_layer(study: Study, at: int, layer: str, who: str, key: str = "") -> str:
+def scatter(study: Study, at: int, who: str) -> str:
     parts = records(study, "preactivation", "autoencoder")
-    rows = [next(r for r in p["steps"][at]["layers"] if r["layer"] == layer) for p in parts]
-    return spread([r[who][key] if key else r[who] for r in rows])
+    return spread(tables.scatter([p["steps"][at]["layers"] for p in parts], who))
+
+
+def worse(study: Study) -> str:
+    """How often (layers of all seeds and steps) ``H_g`` is farther than ``c I``."""
+    parts = records(study, "preactivation", "autoencoder")
+    rows = [r for p in parts for entry in p["steps"] for r in entry["layers"]]
+    count = sum(r["H_g"]["rescaled"] > r["identity"]["rescaled"] for r in rows)
+    return f"{count} of {len(rows)}"
 
 
 def fired(study: Study, at: int, which: str) -> str:

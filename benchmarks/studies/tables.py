@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Iterable
 from typing import Any
 
@@ -177,9 +179,6 @@ def preactivation(study: Study) -> str:
         own = [p["steps"][k]["layers"] for p in parts if len(p["steps"]) > k]
         cells: list[Any] = [entry["step"]]
         for who, key in (
-            ("H_g", "error"),
-            ("identity", "error"),
-            ("K-FAC", "error"),
             ("H_g", "rescaled"),
             ("identity", "rescaled"),
             ("K-FAC", "rescaled"),
@@ -191,10 +190,17 @@ def preactivation(study: Study) -> str:
             cells.append(
                 spread([mean(r[who][key] if key else r[who] for r in rows_) for rows_ in own])
             )
+        cells += [spread(scatter(own, who)) for who in ("H_g", "identity", "K-FAC")]
         rows.append(cells)
-    header = ["step", "H_g", "I", "K-FAC", "H_g rescaled", "c I", "K-FAC rescaled"]
-    header += ["nearest c I + rank 2t", "angle H_g", "angle I", "angle K-FAC"]
+    header = ["step", "error H_g", "c I", "K-FAC", "best c I + rank 2t"]
+    header += ["angle H_g", "angle I", "angle K-FAC", "scatter H_g", "scatter I", "scatter K-FAC"]
     return table(header, rows)
+
+
+def scatter(own: Iterable[Any], who: str) -> list[float]:
+    """By what factor the layers' step lengths scatter around those with the exact inverse: the
+    exponential of the standard deviation of their logarithms, seed by seed."""
+    return [math.exp(statistics.pstdev([math.log(r[who]["length"]) for r in rows])) for rows in own]
 
 
 def layers(study: Study) -> str:
@@ -220,8 +226,8 @@ def layers(study: Study) -> str:
                 spread(each(fired, lambda r: r["damped_on_identity"])),
             ]
         )
-    header = ["layer", "outputs", "mean eigenvalue", "largest", "share above ε", "H_g rescaled"]
-    header += ["c I", "K-FAC rescaled", "angle H_g", "angle I", "damped on H", "damped on I"]
+    header = ["layer", "outputs", "mean eigenvalue", "largest", "share above ε", "error H_g"]
+    header += ["c I", "K-FAC", "angle H_g", "angle I", "damped on H", "damped on I"]
     return table(header, rows)
 
 
