@@ -65,8 +65,6 @@ def _progress(runs: Runs, axis: str) -> Plan:
             ax.set_title(_TITLES[key])
             ax.set_xlabel(over)
             if axis != "seconds":
-                ax.xaxis.get_major_locator().set_params(integer=True)
-            if axis != "seconds":
                 whole_numbers(ax.xaxis)
             ax.grid(True, axis="y")
             if key != "test_accuracy":

@@ -112,10 +112,6 @@ def grid_table(runs: Runs) -> Table:
     return Table("All trainings.", columns, rows)
 
 
-def _count(value: float) -> Cell:
-    return number(int(value) if math.isfinite(value) and value == int(value) else value)
-
-
 def alarm_table(runs: Runs) -> Table:
     """Alarms of the runs at the best learning rates, the same sentence of several seeds once."""
     columns = (
