@@ -95,11 +95,15 @@ def test_figures_are_there_and_small(study, tmp_path):
 
 
 def test_numbers_are_written_with_their_errors():
-    assert numbers.spread([1.0, 2.0, 3.0]) == "2.0 ± 0.6"
-    assert numbers.spread([0.5, 0.5, 0.5]) == "0.500"
-    assert numbers.spread([0.1234]) == "0.123"
-    assert numbers.spread([0.0004, -0.0002, 0.0001]) == "0.0001 ± 0.0002"
-    assert numbers.spread([1.0, math.nan]) == "–"
+    def spread(values: list[float]) -> str:
+        return numbers.spread(values).replace("\u00a0", " ")
+
+    assert spread([1.0, 2.0, 3.0]) == "2.0 ± 0.6"
+    assert spread([0.5, 0.5, 0.5]) == "0.500"
+    assert spread([0.1234]) == "0.123"
+    assert spread([0.05740, 0.05744, 0.05742]) == "0.0574 ± 1e-05"
+    assert spread([0.0004, -0.0002, 0.0001]) == "0.0001 ± 0.0002"
+    assert spread([1.0, math.nan]) == "–"
     assert numbers.stderr([1.0, 2.0, 3.0]) == pytest.approx(1 / math.sqrt(3))
 
 

@@ -56,6 +56,10 @@ def spread(values: Sequence[float]) -> str:
     if math.isnan(error) or error == 0 or abs(centre) >= 1e4:
         return short(centre)
     place = max(-math.floor(math.log10(error)), 0)
-    if centre:  # never fewer than two digits of the mean
-        place = max(place, min(3, 1 - math.floor(math.log10(abs(centre)))))
-    return short(centre) if place > 6 else f"{centre:.{place}f} ± {error:.{place}f}"
+    if centre:  # two or three digits of the mean
+        first = math.floor(math.log10(abs(centre)))
+        place = max(min(place, 2 - first), min(3, 1 - first), 0)
+    bars = f"{error:.{place}f}"
+    if not float(bars):
+        bars = f"{error:.0e}"
+    return f"{centre:.{place}f}\u00a0±\u00a0{bars}"

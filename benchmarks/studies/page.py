@@ -45,7 +45,9 @@ def tables(study: Study) -> str:
         if not question or not question["parts"]:
             continue
         machines = "; ".join(question["machine"])
-        parts.append(f"## {name}\n\n{question['minutes']} minutes on {machines}.")
+        parts.append(
+            f"## {name}\n\n{question['minutes']} minutes on {machines}, busy with other work."
+        )
         parts += [make(study) for make in makers]
     return "\n\n".join(parts) + "\n"
 
