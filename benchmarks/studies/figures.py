@@ -116,7 +116,8 @@ def spatial(study: Study) -> Any:
         ax.set_xticks([1, 4, 16], ["1", "4", "16"])
         ax.minorticks_off()
     axes[0].set_ylabel("relative error of the diagonal")
-    axes[-1].legend()
+    axes[-1].legend(loc="upper right")
+    axes[-1].set_ylim(top=1e3)
     return figure
 
 
