@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import curvscope as cs
 from curvscope import zoo
 from curvscope.errors import DataError, NotDefinedError
 from curvscope.zoo import datasets, files
@@ -235,6 +236,22 @@ def test_char_transformer(tmp_path: Path) -> None:
     assert history[-1] < 0.9 * history[0]
     assert problem.accuracy() > 1 / vocabulary
     assert len([n for n, _ in problem.model.named_modules() if n.endswith("attention")]) == 4
+
+
+def test_char_transformer_by_products(tmp_path: Path) -> None:
+    """Its last block, compared, concentrated and decomposed as the digits are."""
+    (tmp_path / "text.txt").write_text("to be or not to be. " * 200, encoding="utf-8")
+    problem = zoo.load("char-transformer", data=tmp_path, trained=False, samples=1)
+    ggn = cs.ggn(problem)
+    assert problem.layout.numel > 100_000
+    options = {"metrics": ["error", "cosine"], "blocks": ["(all)"], "budget": 8}
+    kfac = {"K-FAC": cs.kfac(problem)}
+    row = cs.compare(ggn, kfac, best_in_class=False, **options).row("(all)", "K-FAC")
+    assert row.method["error"] == "estimated" and 0 < row.stderr["error"] < row.error
+    top = cs.eigsh(ggn, 1, tol=1e-2)
+    density = cs.density(ggn, probes=2, steps=4)
+    assert top.converged and float(density.nodes.max()) <= float(top.values[0]) * 1.02
+    assert cs.trace(ggn, method="hutchinson", budget=8, tol=0).value > 0
 
 
 def test_attention_is_causal() -> None:
