@@ -38,12 +38,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("killed")
     processes = {job: started(job, folder / f"{job}.pt") for job in SIGNALS}
     try:
-        for job, process in processes.items():
-            deadline = time.monotonic() + 100
-            while not (folder / f"{job}.pt").exists() and time.monotonic() < deadline:
-                time.sleep(0.05)
+        # each as soon as it has a state: on a busy machine one may finish before another begins
+        waiting, deadline = dict(processes), time.monotonic() + 100
+        while waiting and time.monotonic() < deadline:
+            ready = [job for job in waiting if (folder / f"{job}.pt").exists()]
             time.sleep(0.3)  # some more states, and into the middle of one
-            process.send_signal(getattr(signal, SIGNALS[job]))
+            for job in ready:
+                waiting.pop(job).send_signal(getattr(signal, SIGNALS[job]))
         for process in processes.values():
             assert process.wait(60) != 0
             assert process.stdout is not None and process.stdout.read() == "started\n"
