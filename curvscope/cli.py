@@ -60,7 +60,7 @@ def main() -> None:
 
 def _end(number: int, _: Any) -> None:
     signal.signal(number, signal.SIG_IGN)  # a second one must not interrupt the cleaning up
-    _say(f"Ended by {signal.Signals(number).name}; nothing was written.")
+    _say(f"Ended by {signal.Signals(number).name}.")
     sys.exit(128 + number)
 
 

@@ -24,6 +24,8 @@ from .options import (
     say,
 )
 
+_GO_ON = "has everything up to the last epoch. Give the same command again."
+
 
 def add(app: typer.Typer) -> None:
     """Register the command with ``app``."""
@@ -147,8 +149,12 @@ def _kept(out: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        say(f"Interrupted; {out} has everything up to the last epoch. Give the same command again.")
+        say(f"Interrupted; {out} {_GO_ON}")
         raise typer.Exit(EXIT_INTERRUPTED) from None
+    except SystemExit as error:
+        if isinstance(error.code, int) and error.code > 128:  # SIGTERM, SIGHUP
+            say(f"{out} {_GO_ON}")
+        raise
 
 
 @contextlib.contextmanager
