@@ -142,8 +142,9 @@ class Budget:
         return True
 
     def _part(self, account: Account) -> float:
-        weights = self._weights or 1.0
-        return (self.share or 0.0) * self.training * account.weight / weights
+        steady = sum(a.used for a in self.accounts.values() if a.steady)
+        left = _INSIDE * (self.share or 0.0) * self.training - steady
+        return left * account.weight / (self._weights or 1.0)
 
     def open(self, names: Iterable[tuple[str, float, bool]]) -> None:
         """Accounts of the measures: name, weight, whether they are steady."""
