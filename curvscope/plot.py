@@ -26,6 +26,7 @@ from .plotting.estimates import plot_density, plot_diagonal, plot_eigenpairs, pl
 from .plotting.extremes import plot_extremes
 from .plotting.local import plot_gradient_noise, plot_local_model
 from .plotting.matrices import plot_blocks, plot_factors, plot_matrix
+from .plotting.runs import plot_run
 from .plotting.saving import save
 from .plotting.shares import plot_bands, plot_diagonal_shares
 from .plotting.spectra import plot_histogram, plot_spectra
@@ -65,6 +66,7 @@ __all__ = [
     "plot_histogram",
     "plot_local_model",
     "plot_matrix",
+    "plot_run",
     "plot_scree",
     "plot_spectra",
     "plot_surface",
@@ -98,11 +100,12 @@ _KINDS: dict[str, dict[str, Callable[..., Any]]] = {
     "LocalModel": {"ratio": plot_local_model},
     "LossSurface": {"contours": plot_surface},
     "Trajectories": {"paths": plot_trajectories, "distances": plot_distances},
+    "Run": {"steps": plot_run},
 }
 
 
 def plot(result: Any, *, kind: str | None = None, **options: Any) -> Any:
-    """Draw a result or an operator; returns the matplotlib axes.
+    """Draw a result, an operator or a run; returns the matplotlib axes.
 
     ``kind`` chooses among the pictures of a type: ``"rank"`` or ``"histogram"`` of a Spectrum;
     ``"discs"``, ``"diagonal"``, ``"bands"``, ``"scree"`` or ``"fourier"`` of a Concentration (by

@@ -55,7 +55,7 @@ def run_card(run: Run) -> Card:
             Table(table, where="run.frame(measure)"),
             Table(events, title=f"{len(events)} alarms", folded=True, where="run.alarms"),
         ],
-        hints=["run.frame('error')", "run.alarms", "cs.explore(run)"],
+        hints=["run.plot()", "run.frame('error')", "run.alarms", "cs.explore(run)"],
     )
 
 

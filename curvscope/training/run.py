@@ -254,6 +254,15 @@ class Run(Shown):
 
         return to_wandb(self, **options)
 
+    def plot(self, **options: Any) -> Any:
+        """Draw loss, error, sharpness and alarms over the steps: :func:`curvscope.plot.plot_run`.
+
+        ``options`` go to it; returns the axes. Raises ``NotDefinedError`` for an empty run.
+        """
+        from .. import plot
+
+        return plot.plot(self, **options)
+
     def _card_(self) -> Card:
         from .card import run_card
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,16 @@ def compared() -> dict[str, Callable[[], Any]]:
     matrices = {"exact": symmetric(8), "approximation": symmetric(8, 1)}
     chosen["blocks"] = lambda: list(cplot.plot_blocks(matrices))
     chosen["factors"] = lambda: list(cplot.plot_factors(kronecker()))
+    chosen["run"] = a_run
     return chosen
+
+
+def a_run() -> Any:
+    """The picture of a run, which lies in a folder for as long as it is read."""
+    from .test_runs import watched
+
+    with tempfile.TemporaryDirectory() as folder:
+        return watched(Path(folder) / "run").plot()
 
 
 NAMES = (
