@@ -77,8 +77,8 @@ BENCHMARKS ?= blocks eigenpairs optimizers products monitor $(if $(DATA),kbfgs_m
 bench: $(DEV)
 	@for name in $(BENCHMARKS); do \
 	  echo "== $$name"; \
-	  $(BIN)/python benchmarks/$$name.py $$(test $$name = kbfgs_mnist && echo --data "$(DATA)") \
-	  || exit 1; done
+	  case $$name in kbfgs_mnist|monitor) data="$(DATA)";; *) data=;; esac; \
+	  $(BIN)/python benchmarks/$$name.py $${data:+--data "$$data"} || exit 1; done
 
 notebooks: $(DEV)
 	$(BIN)/python notebooks/execute.py

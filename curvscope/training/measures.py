@@ -72,7 +72,8 @@ def choose(
 ) -> list[tuple[Measure, Schedule]]:
     """Measures with their schedules, from what the user wrote.
 
-    Raises ``OptionError`` for unknown names, a name twice, or what is no schedule.
+    What is named beside ``"default"`` replaces the default measure of that name, wherever it
+    stands. Raises ``OptionError`` for unknown names, a name twice, or what is no schedule.
     """
     given: Mapping[Any, Any]
     if isinstance(measures, Mapping):
@@ -81,14 +82,19 @@ def choose(
         entries = [measures] if isinstance(measures, str | Measure) else measures
         given = dict.fromkeys(defaults if entries is None else entries)
     found: dict[str, tuple[Measure, Schedule]] = {}
+    explicit: set[str] = set()
     for entry, own in given.items():
         for name in defaults if entry == "default" else [entry]:
             measure = _measure(name)
-            if measure.name in found and entry != "default":
+            if entry != "default" and measure.name in explicit:
                 raise OptionError(f"measures= has {measure.name!r} twice.")
             chosen = every if own is None and not isinstance(measure, Loss) else own
             when = measure.default if chosen is None else schedule(chosen)
-            found.setdefault(measure.name, (measure, when))
+            if entry != "default":
+                explicit.add(measure.name)
+                found[measure.name] = (measure, when)
+            else:
+                found.setdefault(measure.name, (measure, when))
     if not found:
         raise OptionError("measures= is empty: leave it out for the default ones.")
     return list(found.values())

@@ -55,9 +55,10 @@ class Monitor:
         Schedule of all measures without one of their own, except the loss: ``n`` for every n-th
         step, a list of steps, or ``Every``, ``PowersOfTwo``, ``At``, ``Share`` of ``cs.training``.
     measures
-        Names (``"default"`` stands for the default ones), objects of ``cs.training.Measure``, or a
-        mapping from either to schedules. Default: loss, gradient, update, error, preconditioner,
-        diagnostics, sharpness, as far as the optimizer has them.
+        Names (``"default"`` stands for the default ones, of which a name beside it replaces its
+        own), objects of ``cs.training.Measure``, or a mapping from either to schedules. Default:
+        loss, gradient, update, error, preconditioner, diagnostics, sharpness, as far as the
+        optimizer has them.
     budget
         Most that the monitor may take, as a share of training time, or ``None`` for no cap. It is
         kept by leaving out measurements, which is recorded.

@@ -172,6 +172,16 @@ def test_every_is_for_measures_without_a_schedule() -> None:
     assert found == {"loss": "Every(n=1)", "gradient": "Every(n=7)", "update": "PowersOfTwo()"}
 
 
+def test_what_is_named_replaces_the_default_of_that_name() -> None:
+    model = plain_net()
+    for measures in ({"default": None, "error": 50}, {"error": 50, "default": None}):
+        monitor = cs.Monitor(problem_of(model), OPTIMIZERS["Adam"](model), measures=measures)
+        chosen = {m.name: when for m, when in monitor.measures}
+        assert chosen["error"] == Every(50) and chosen["gradient"] == Every(10)
+    plain = cs.Monitor(problem_of(model), OPTIMIZERS["Adam"](model))
+    assert chosen.keys() == {m.name for m, _ in plain.measures}
+
+
 @pytest.mark.parametrize("budget", [0, -0.1, 1.5, True])
 def test_budgets_that_are_none(budget: Any) -> None:
     with pytest.raises(OptionError, match="share of training time"):
