@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..display import Table
 from ..errors import CurvscopeError, OptionError, nearest
 from ..problem import Problem
 from .batches import cut
@@ -117,7 +118,12 @@ class Coverage(Result):
         return found
 
     def records(self) -> list[dict[str, Any]]:
-        """A record per parameter, with the route of every method (empty if not covered)."""
+        """A record per parameter, with the route of every method (empty if not covered).
+
+        ``reasons`` says why a method leaves this parameter out or takes the slowest route; why
+        methods refuse the whole problem is said by :attr:`not_available`, by :meth:`details` for
+        every cell.
+        """
         rows = []
         for row in self.parameters:
             record: dict[str, Any] = {
@@ -129,8 +135,38 @@ class Coverage(Result):
             }
             for method in self.methods:
                 record[method] = self.cell(row.name, method).route
+            record["reasons"] = self._reasons(row)
             rows.append(record)
         return rows
+
+    def _own_reasons(self, row: ParameterRow) -> dict[str, list[str]]:
+        """Reasons of a parameter's own cells -> the methods that have it."""
+        groups: dict[str, list[str]] = {}
+        for method in self.methods if row.included else ():
+            reason = self.cell(row.name, method).reason
+            if reason and method not in self.not_available:
+                groups.setdefault(reason, []).append(method)
+        return groups
+
+    def _reasons(self, row: ParameterRow) -> str:
+        groups = self._own_reasons(row).items()
+        return " ".join(f"{', '.join(m)}: {reason}" for reason, m in groups) or row.note
+
+    def _shown_rows(self, most: int) -> tuple[list[dict[str, Any]], int]:
+        rows, total = super()._shown_rows(most)
+        return [{k: v for k, v in row.items() if k != "reasons"} for row in rows], total
+
+    def _more_tables(self) -> list[Table]:
+        groups: dict[tuple[tuple[str, ...], str], list[str]] = {}
+        for row in self.parameters:
+            for reason, methods in self._own_reasons(row).items():
+                groups.setdefault((tuple(methods), reason), []).append(row.name)
+        rows = [
+            {"methods": ", ".join(methods), "parameters": listing(names, 3), "reason": reason}
+            for (methods, reason), names in groups.items()
+        ]
+        table = Table(rows, title="Reasons", folded=True, where="details()")
+        return [table] if rows else []
 
     def details(self) -> Any:
         """A frame with a row per parameter and method: status, route, reason."""

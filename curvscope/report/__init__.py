@@ -42,15 +42,30 @@ class ReportPaths(Shown):
     def __fspath__(self) -> str:
         return str(self.html)
 
-    def _card_(self) -> Card:
+    def __repr__(self) -> str:
+        return f"ReportPaths({str(_near(self.folder))!r}: {', '.join(n for _, n in self._files())})"
+
+    def _files(self) -> list[tuple[str, str]]:
         files = [("the page", self.html), ("the data", self.json)]
         files += [("tables", self.csv), ("figures", self.figures)]
-        rows = [{"file": about, "path": str(path)} for about, path in files]
+        return [(about, path.name) for about, path in files]
+
+    def _card_(self) -> Card:
+        folder = _near(self.folder)
+        rows = [{"file": about, "path": str(folder / name)} for about, name in self._files()]
         return Card(
-            title=f"Report in {self.folder}",
+            title=f"Report in {folder}",
             tables=[Table(rows)],
-            hints=[f"cs.explore({str(self.folder)!r})"],
+            hints=[f"cs.explore({str(folder)!r})"],
         )
+
+
+def _near(path: Path) -> Path:
+    """``path`` from the working directory on, if it lies there."""
+    try:
+        return path.relative_to(Path.cwd())
+    except (ValueError, OSError):  # OSError: the working directory is gone
+        return path
 
 
 def make_report(

@@ -246,7 +246,15 @@ def test_result_protocol(covered) -> None:
     found = covered("unused")
     assert found.methods == tuple(METHODS)
     frame = found.to_frame()
-    assert list(frame.columns) == ["parameter", "block", "layer", "size", "state", *METHODS]
+    assert list(frame.columns) == [
+        "parameter",
+        "block",
+        "layer",
+        "size",
+        "state",
+        *METHODS,
+        "reasons",
+    ]
     assert len(frame) == len(found.parameters) == 8
     matrix = found.matrix()
     assert matrix.shape == (8, len(METHODS))
@@ -265,6 +273,21 @@ def test_result_protocol(covered) -> None:
     assert again["type"] == "Coverage"
     assert "<table" in found._repr_html_()
     assert str(found).startswith("Unused: 38 parameters in 3 blocks")
+
+
+def test_frame_says_why_a_method_leaves_a_parameter_out() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+    model[0].bias.requires_grad_(False)
+    data = torch.eye(3), torch.tensor([0, 1, 0])
+    found = cs.coverage(cs.Problem(model, nn.CrossEntropyLoss(), data))
+    reasons = dict(zip(*(found.to_frame()[k] for k in ("parameter", "reasons")), strict=True))
+    cell = found.cell("1.weight", "K-FAC")
+    assert cell.status == "uncovered" and cell.reason in reasons["1.weight"]
+    # methods of the same reason stand together, those that refuse the problem do not stand here
+    assert reasons["1.weight"].count(cell.reason) == 1 and "K-FAC, EKFAC" in reasons["1.weight"]
+    assert found.not_available and not any(m in reasons["1.weight"] for m in found.not_available)
+    assert reasons["0.bias"] == "Frozen: requires_grad is False."
+    assert cell.reason in found._repr_html_() and ">Reasons<" in found._repr_html_()
 
 
 def test_unknown_names(covered) -> None:

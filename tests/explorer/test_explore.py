@@ -103,6 +103,19 @@ def test_the_paths_of_a_report_show_themselves(tmp_path: Path) -> None:
     assert "a &lt;b&gt;/report.html" in text
 
 
+def test_the_paths_of_a_report_are_short_where_one_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    inside = ReportPaths.of(tmp_path / "reports" / "net")
+    assert repr(inside).startswith("ReportPaths('reports/net': report.html, report.json")
+    assert str(tmp_path) not in inside._repr_html_()
+    assert inside.html == tmp_path / "reports" / "net" / "report.html"  # the paths stay whole
+    assert repr(ReportPaths.of(tmp_path.parent / "other")).startswith(
+        f"ReportPaths('{tmp_path.parent}/other'"
+    )
+
+
 def test_every_control_of_a_run_changes_the_views_that_it_concerns(run: Path) -> None:
     board = cs.explore(str(run))
     seen = [values(board)]
