@@ -4,6 +4,7 @@
 # Both set themselves up on a fresh machine with Python 3.11 or newer: a virtual environment in
 # .venv, and everything that is needed inside it. Afterwards they only work.
 #
+#   make report OPEN=1                                   shown in the browser at once
 #   make report PROBLEM=digits-resnet OUT=somewhere      another problem, another folder
 #   make test TORCH="torch==2.13.0"                      another build of PyTorch
 #   make bench [DATA=folder with MNIST]                  the tables of benchmarks/results/
@@ -17,6 +18,7 @@ TORCH   ?= torch
 PROBLEM ?= digits-cnn
 OUT     ?= reports/$(PROBLEM)
 DATA    ?=
+OPEN    ?=
 WORKERS ?= 2
 PYTEST  ?=
 
@@ -52,7 +54,7 @@ $(DEV): pyproject.toml | $(BIN)/python
 	@touch $(BASE) $@
 
 report: $(BASE)
-	$(BIN)/curvscope report $(PROBLEM) --out "$(OUT)" $(if $(DATA),--data "$(DATA)")
+	$(BIN)/curvscope report $(PROBLEM) --out "$(OUT)" $(if $(DATA),--data "$(DATA)")$(if $(OPEN), --open)
 
 test: lint types unit
 

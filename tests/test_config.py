@@ -55,7 +55,7 @@ def run(*arguments: str) -> Any:
 def test_every_option_of_the_command_is_a_key_and_nothing_else() -> None:
     command: Any = get_command(make_app())
     names = {p.name for p in command.commands["report"].params}
-    assert names - {"config", "json", "debug", "help"} == set(OPTIONS)
+    assert names - {"config", "browse", "json", "debug", "help"} == set(OPTIONS)
 
 
 def test_a_file_gives_everything(calls: list[dict[str, Any]]) -> None:
@@ -164,3 +164,16 @@ def test_the_paths_as_json(calls: list[dict[str, Any]]) -> None:
         "html": "r/report.html",
         "json": "r/report.json",
     }
+
+
+def test_the_page_is_opened_if_asked(
+    calls: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", lambda url: bool(opened.append(url)))
+    assert run("report", "x", "-o", "r").exit_code == 0 and not opened
+    result = run("report", "x", "-o", "r", "--open")
+    assert opened == [(tmp_path / "r" / "report.html").as_uri()]
+    # a machine without a browser: the page was made all the same
+    assert result.exit_code == 0 and "open r/report.html in one" in result.stderr
+    assert result.stdout.strip() == "r/report.html" and len(calls) == 2

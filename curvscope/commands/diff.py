@@ -5,7 +5,15 @@ from typing import Annotated
 
 import typer
 
-from .options import EXIT_FAILED, DebugOption, JsonOption, print_json, reported
+from .options import (
+    EXIT_FAILED,
+    DebugOption,
+    JsonOption,
+    OpenOption,
+    print_json,
+    reported,
+    show_page,
+)
 
 
 def add(app: typer.Typer) -> None:
@@ -33,6 +41,7 @@ def diff(
         float,
         typer.Option(min=0.0, help="Relative change up to which two numbers are the same."),
     ] = 1e-3,
+    browse: OpenOption = False,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -42,7 +51,11 @@ def diff(
     same, with 1 if they differ. Times, machines and versions never make a difference.
     """
     with reported(debug):
+        from ..errors import OptionError
         from ..report import diff as compare
+
+        if browse and out is None:
+            raise OptionError("--open shows the page that --out FILE.html writes; give that, too.")
 
         found = compare(a, b, out=out, tolerance=tolerance)
     if json:
@@ -51,5 +64,7 @@ def diff(
         typer.echo(str(found))
         if out is not None:
             typer.echo(str(out))
+    if browse and out is not None:
+        show_page(out)
     if not found.same:
         raise typer.Exit(EXIT_FAILED)

@@ -57,6 +57,7 @@ DebugOption = Annotated[bool, typer.Option("--debug", help="Show tracebacks of e
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print JSON to standard output instead of sentences.")
 ]
+OpenOption = Annotated[bool, typer.Option("--open", help="Show the page in a browser.")]
 
 
 @contextlib.contextmanager
@@ -76,6 +77,14 @@ def reported(debug: bool) -> Iterator[None]:
     except KeyboardInterrupt:
         say("Interrupted; nothing was written.")
         raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+def show_page(page: Path) -> None:
+    """Open a page in the person's browser; a machine without one is told where the page lies."""
+    import webbrowser
+
+    if not webbrowser.open(page.resolve().as_uri()):
+        say(f"No browser could be opened here; open {page} in one.")
 
 
 def _draws_bars() -> bool:

@@ -13,6 +13,7 @@ from .options import (
     DeviceOption,
     DtypeOption,
     JsonOption,
+    OpenOption,
     ProblemOrNone,
     SamplesOption,
     SeedOption,
@@ -20,6 +21,7 @@ from .options import (
     load,
     print_json,
     reported,
+    show_page,
 )
 
 _QUICK_SAMPLES = 256
@@ -29,8 +31,8 @@ _QUICK = {"hessian": False, "verify": False, "probes": 8}  # unless asked for
 def add(app: typer.Typer) -> None:
     """Register the command with ``app``."""
     app.command(
-        epilog="Examples: curvscope report digits-cnn --out reports/digits-cnn · curvscope report "
-        "mynet:make -o reports/mynet --quick · curvscope report --config "
+        epilog="Examples: curvscope report digits-cnn --out reports/digits-cnn --open · curvscope "
+        "report mynet:make -o reports/mynet --quick · curvscope report --config "
         "reports/mynet/report.toml --hessian · curvscope report runs/digits",
         short_help="Write a page about a problem: exact curvature, approximations, errors.",
     )(report)
@@ -85,6 +87,7 @@ def report(
             help="At most 256 samples and, unless asked for, no Hessian, no verification, 8 probes."
         ),
     ] = False,
+    browse: OpenOption = False,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -113,6 +116,8 @@ def report(
         print_json({name: str(getattr(paths, name)) for name in ("folder", "html", "json")})
     else:
         typer.echo(str(paths.html))
+    if browse:
+        show_page(paths.html)
 
 
 def _report_problem(values: dict[str, Any]) -> Any:

@@ -261,6 +261,8 @@ def test_exit_codes_and_json(folder: Path, document: Document, tmp_path: Path) -
         assert result.exit_code == 2 and "Traceback" not in result.output
     result = run("diff", str(folder), str(folder), "-o", str(tmp_path / "report.json"))
     assert result.exit_code == 2 and "no page of curvscope" in " ".join(result.stderr.split())
+    result = run("diff", str(folder), str(folder), "--open")
+    assert result.exit_code == 2 and "--out FILE.html" in " ".join(result.stderr.split())
     assert cs.report.diff is diff
 
 
