@@ -170,6 +170,20 @@ def folder_of(name: str, data: str | None) -> str | None:
     return str(own if own.is_dir() else data)
 
 
+def there(name: str, data: str | None) -> bool:
+    """Whether the data of a problem can be read; says so where they cannot."""
+    if name.startswith("digits"):
+        return True
+    if data is None:
+        return False
+    try:
+        cs.zoo.load(name, data=folder_of(name, data), trained=False)
+    except cs.errors.CurvscopeError as error:
+        print(f"{name} is left out: {error}", flush=True)
+        return False
+    return True
+
+
 def main() -> None:
     chosen = arguments()
     if chosen.one:
@@ -178,7 +192,7 @@ def main() -> None:
         return
     kept: dict[str, Any] = json.loads(KEPT.read_text()) if KEPT.exists() else {}
     for name in chosen.only:
-        if chosen.data is None and not name.startswith("digits"):
+        if not there(name, chosen.data):
             continue
         for optimizer in CASES[name]:
             command = [sys.executable, __file__, "--one", name, optimizer]

@@ -87,7 +87,8 @@ def train(
         typer.Option(
             min=0.0,
             max=1.0,
-            help="Most that the monitor may take, as a share of training time (default: no cap).",
+            help="Most that the monitor may take, as a share of training time (default: no cap). "
+            "The first and last measurements are taken in any case, and their time told apart.",
             show_default=False,
         ),
     ] = None,

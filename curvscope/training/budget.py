@@ -23,12 +23,14 @@ class Account:
     """One measure: seconds used, how often it was taken, thinned out and failed.
 
     ``steady``: cheap and taken at every step; see :class:`Budget`. ``exempt``: not of the budget.
+    ``outside``: seconds that were not the budget's, at assured steps.
     """
 
     weight: float = 1.0
     steady: bool = False
     exempt: bool = False
     used: float = 0.0
+    outside: float = 0.0
     taken: int = 0
     thinned: int = 0
     failed: int = 0
@@ -36,9 +38,12 @@ class Account:
     estimate: float = math.nan
     waiting: bool = False  # was due, and could not be afforded
 
-    def spend(self, seconds: float) -> None:
-        """Book one measurement."""
-        self.used += seconds
+    def spend(self, seconds: float, *, outside: bool = False) -> None:
+        """Book one measurement, ``outside`` the budget or within."""
+        if outside:
+            self.outside += seconds
+        else:
+            self.used += seconds
         if self.steady:
             self.estimate = self.used / max(1, self.taken + self.failed)
             return
@@ -66,7 +71,7 @@ class Budget:
             )
         self.share = share
         self.clock = clock
-        self.training = self.spent = 0.0
+        self.training = self.spent = self.outside = 0.0
         self.accounts: dict[str, Account] = {}
         self.steps = 0
         self._weights = 0.0
@@ -101,6 +106,18 @@ class Budget:
     def forgive(self, seconds: float) -> None:
         """Seconds of an exempt measure, which are not the monitor's."""
         self.spent -= seconds
+
+    @contextmanager
+    def assured(self) -> Iterator[None]:
+        """What happens inside is the monitor's, but not the budget's: it counts as ``outside``."""
+        start, before = self.clock(), self.spent
+        try:
+            yield
+        finally:
+            # but for what was forgiven inside, which is nobody's
+            seconds = self.clock() - start + (self.spent - before)
+            self.outside += seconds
+            self.forgive(seconds)
 
     @property
     def mean_step(self) -> float:
@@ -156,12 +173,14 @@ class Budget:
         return {
             "training": self.training,
             "spent": self.spent,
+            "outside": self.outside,
             "accounts": {name: vars(a).copy() for name, a in self.accounts.items()},
         }
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state`."""
         self.training, self.spent = float(state["training"]), float(state["spent"])
+        self.outside = float(state.get("outside", 0.0))
         for name, values in state["accounts"].items():
             if name in self.accounts:
                 known = {k: v for k, v in values.items() if v is not None}  # null in JSON is NaN

@@ -24,6 +24,7 @@ from .moment import REFERENCES, Moment
 from .probe import make_probe
 from .recorder import Recorder
 from .run import EVENTS
+from .schedules import At
 from .snapshots import SnapshotMeasure, Snapshots
 from .taking import ENOUGH, Taker
 
@@ -62,6 +63,9 @@ class Monitor:
     budget
         Most that the monitor may take, as a share of training time, or ``None`` for no cap. It is
         kept by leaving out measurements, which is recorded.
+    assured
+        Steps at which everything that is due is measured whatever the budget. What that takes is
+        not the budget's; the run has it as ``outside``.
     probe
         Where curvature is measured: a number of samples (default 256) drawn once from the problem,
         ``"all"``, ``"current"`` (the batch given to :meth:`step`), or a Problem.
@@ -115,6 +119,7 @@ class Monitor:
         every: Any = None,
         measures: str | Iterable[Any] | Mapping[Any, Any] | None = None,
         budget: float | None = 0.05,
+        assured: Iterable[int] = (),
         probe: Any = None,
         reference: str = "ggn",
         alarms: Sequence[Alarm] | None = None,
@@ -152,7 +157,10 @@ class Monitor:
         self.probe = make_probe(problem, probe, seed)
         self.steps = 0
         self.stopped: AlarmEvent | None = None
-        self._taker = Taker(self.measures, self.budget, self._moment, problem, self.probe, self)
+        sure = At(assured).steps if (assured := list(assured)) else frozenset()
+        self._taker = Taker(
+            self.measures, self.budget, self._moment, problem, self.probe, self, sure
+        )
         self._loaded: dict[str, Any] | None = None
         self._begun = self._closed = False
         self._warned: set[str] = set()
@@ -161,6 +169,7 @@ class Monitor:
         settings = {
             "measures": {m.name: {"schedule": repr(s), **m.settings()} for m, s in self.measures},
             "budget": budget,
+            "assured": sorted(sure),
             "probe": "current" if self.probe is None else probe if probe == "all" else "fixed",
             "reference": reference,
             "seed": seed,
@@ -374,6 +383,8 @@ class Monitor:
             accounts = budget.accounts.items()
             state = "finished" if failed is None else f"ended by {type(failed).__name__}"
             summary = {"event": state, "spent": budget.total, "share": self.overhead}
+            if budget.outside:
+                summary["outside"] = budget.outside
             rows = [summary] + [
                 {
                     "event": "measure",
@@ -382,6 +393,7 @@ class Monitor:
                     "thinned": a.thinned,
                     "failed": a.failed,
                     "used": a.used,
+                    "outside": a.outside,
                 }
                 for name, a in accounts
             ]
@@ -415,8 +427,8 @@ class Monitor:
         if dear:
             found.append(
                 f"Never fitted into the budget of {100 * (self.budget.share or 0):g} % of "
-                f"{self.budget.training:.3g} s: {'; '.join(dear)}. Train longer, raise budget=, or "
-                "take a smaller probe=."
+                f"{self.budget.training:.3g} s: {'; '.join(dear)}. Train longer, raise budget=, take "
+                "a smaller probe=, or name steps in assured=, which are measured in any case."
             )
         return found
 

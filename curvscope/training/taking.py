@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 from ..errors import OptionError, StopTraining
@@ -35,7 +36,10 @@ class Reports(Protocol):
 
 
 class Taker:
-    """Takes the measures of one training, one :meth:`visit` per step."""
+    """Takes the measures of one training, one :meth:`visit` per step.
+
+    At the ``assured`` steps what is due is taken whatever the budget says.
+    """
 
     def __init__(
         self,
@@ -45,9 +49,11 @@ class Taker:
         problem: Problem,
         probe: Problem | None,
         reports: Reports,
+        assured: Container[int] = (),
     ) -> None:
         self.budget, self.problem, self.probe = budget, problem, probe
-        self._make, self._reports = make_moment, reports
+        self._make, self._reports, self._assured = make_moment, reports, assured
+        self._free = False  # whether the step is an assured one
         self._measures = [
             (m, s, budget.accounts[m.name], type(m).price is not Measure.price) for m, s in measures
         ]
@@ -70,7 +76,10 @@ class Taker:
                 if self._affordable(measure, account, moment):
                     self._take(measure, account, moment, 0.0)
         if step >= self._quiet_until:
-            self._visit(step, loss, batch, probe)
+            self._free = step in self._assured
+            with self.budget.assured() if self._free else nullcontext():
+                self._visit(step, loss, batch, probe)
+            self._free = False
             self._quiet_until = min(
                 (when.after(step) - m.needs_before for m, when, _, _ in self._others),
                 default=math.inf,
@@ -90,7 +99,9 @@ class Taker:
             if measure.needs_before:
                 if measure.name in planned:
                     dear.append(entry)
-                if when.due(step + 1, timing) and self._conceivable(*entry):
+                if when.due(step + 1, timing) and (
+                    step + 1 in self._assured or self._conceivable(*entry)
+                ):
                     ahead.append(entry)
             elif when.due(step, timing) and self._conceivable(*entry):
                 (dear if measure.disturbs else cheap).append(entry)
@@ -110,7 +121,7 @@ class Taker:
                 if measure.needs_before or self._affordable(measure, account, moment):
                     self._take(measure, account, moment, planned.get(measure.name, 0.0))
             for measure, _, account, _ in ahead:
-                self._prepare(measure, account, moment)
+                self._prepare(measure, account, moment, step + 1 in self._assured)
             if self._planned:
                 _ = moment.at  # before the parameters change
                 moment.previous = None
@@ -136,17 +147,20 @@ class Taker:
             self._fail(measure, account, error)
         finally:
             seconds = self.budget.clock() - start
-            account.spend(spent + seconds)
+            account.spend(spent + seconds, outside=self._free)
             if account.exempt:
                 self.budget.forgive(seconds)
 
-    def _prepare(self, measure: Measure, account: Account, moment: Moment) -> None:
+    def _prepare(
+        self, measure: Measure, account: Account, moment: Moment, assured: bool = False
+    ) -> None:
         """What a measure of the next step needs of this one."""
-        if not self._affordable(measure, account, moment):
+        if not (assured or self._affordable(measure, account, moment)):
             return
         start = self.budget.clock()
         try:
-            measure.before(moment)
+            with self.budget.assured() if assured and not self._free else nullcontext():
+                measure.before(moment)
         except Exception as error:
             self._fail(measure, account, error)
             return
@@ -168,7 +182,7 @@ class Taker:
         budget = self.budget
         if account.in_succession >= ENOUGH:
             return False
-        if budget.share is None or account.exempt:
+        if self._free or budget.share is None or account.exempt:
             return True
         least = account.estimate
         if least != least:
@@ -181,7 +195,7 @@ class Taker:
 
     def _affordable(self, measure: Measure, account: Account, moment: Moment) -> bool:
         budget = self.budget
-        if budget.share is None or account.exempt:
+        if self._free or budget.share is None or account.exempt:
             return True
         estimate, first = account.estimate, account.taken == 0
         if estimate != estimate:

@@ -114,7 +114,8 @@ def train(
         ``"constant"``, or ``"cosine"`` for learning rates that fall to 0 over all steps.
     budget
         The monitor's most, as a share of training time, kept by leaving out measurements; ``None``
-        for no cap: every training is then measured at the same steps.
+        for no cap: every training is then measured at the same steps. The first and the last
+        measurements are taken in any case, and their time is told apart.
     monitor
         Other options of :class:`~curvscope.Monitor`: ``every``, ``measures``, ``snapshots``, ...
         By default its default measures and fresh approximations beside them about 10 times per
@@ -250,6 +251,9 @@ class _Training:
         if "snapshots" not in options:
             kind = "full" if subject.problem.layout.numel <= _FULL else "projection"
             options["snapshots"] = Snapshots(kind, max(1, steps // _SNAPSHOTS), budgeted=False)
+        if options.get("budget") is not None and isinstance(every := options["every"], int):
+            # however short a training is, its beginning and its end can be seen
+            options = {"assured": sorted({every, max(1, steps // every) * every}), **options}
         return Monitor(subject.problem, built.optimizer, self.folder, **options)
 
     def _one_epoch(

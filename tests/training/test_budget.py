@@ -13,6 +13,7 @@ from curvscope.errors import OptionError
 from curvscope.training import At, Every, PowersOfTwo, Share
 from curvscope.training.schedules import Timing, schedule
 from tests.training.loops import OPTIMIZERS, Clock, plain_net, problem_of
+from tests.training.loops import train as loops_train
 
 pytestmark = pytest.mark.filterwarnings("ignore::curvscope.training.MonitorWarning")
 
@@ -130,6 +131,53 @@ def test_short_trainings_do_not_pay_for_a_first_measurement(tmp_path: Path) -> N
         for _ in range(20):
             monitor.step(0.5)
     assert monitor.budget.accounts["error"].taken == 0
+
+
+def test_assured_steps_are_outside_the_budget(tmp_path: Path) -> None:
+    clock = Clock()
+    measures = [Slow("slow", clock, 20.0), Slow("quick", clock, 0.01)]
+    options: dict[str, Any] = {"budget": 0.05, "assured": [3, 40], "every": 1}
+    with make(clock, measures, tmp_path / "r", **options) as monitor:
+        overheads = train(clock, monitor, 50)
+    run = cs.Run(tmp_path / "r")
+    assert run.frame("slow")["step"].tolist() == [1, 3, 40]  # the first to learn its price
+    assert run.settings["assured"] == [3, 40]
+    frame = run.frame("monitor")
+    end = frame.query("event == 'finished'").iloc[0]
+    assert end["outside"] == pytest.approx(2 * 20.01)
+    rows = frame.query("event == 'measure'").set_index("of")
+    assert rows["outside"].to_dict() == pytest.approx({"slow": 40.0, "quick": 0.02})
+    assert rows["used"]["slow"] == pytest.approx(20.0)
+    # nothing of it counts: the share is that of a monitor that was not asked for them
+    assert overheads[2] == pytest.approx(overheads[1] * 2 / 3, rel=0.05)
+    with pytest.raises(OptionError, match="whole numbers from 1"):
+        make(clock, measures, assured=[0])
+
+
+def test_what_was_outside_survives_a_checkpoint() -> None:
+    clock = Clock()
+    monitor = make(clock, [Slow("slow", clock, 2.0)], budget=0.05, assured=[2])
+    train(clock, monitor, 3)
+    again = make(clock, [Slow("slow", clock, 2.0)], budget=0.05, assured=[2])
+    again.load_state_dict(monitor.state_dict())
+    assert again.budget.outside == monitor.budget.outside == pytest.approx(2.0)
+    assert again.budget.accounts["slow"].outside == pytest.approx(2.0)
+
+
+def test_a_measure_of_two_steps_can_be_assured() -> None:
+    model = plain_net()
+    monitor = cs.Monitor(
+        problem_of(model),
+        OPTIMIZERS["SGD"](model),
+        measures=["update", "gradient"],
+        budget=1e-9,
+        assured=[6],
+        every=3,
+    )
+    loops_train(model, monitor.optimizer, 9, lambda _, loss: monitor.step(loss))
+    assert monitor.frame("update")["step"].tolist() == [6]
+    assert monitor.frame("gradient")["step"].tolist() == [6]
+    assert 0 < monitor.budget.accounts["update"].outside <= monitor.budget.outside
 
 
 def test_schedules() -> None:

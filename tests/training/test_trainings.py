@@ -172,6 +172,16 @@ def test_snapshots_are_kept_whatever_the_budget(tmp_path: Path) -> None:
     assert len(paths.paths) == 2
 
 
+def test_first_and_last_measurements_are_taken_whatever_the_budget(tmp_path: Path) -> None:
+    options = {"measures": ["loss", "gradient", "error"]}
+    found = go(tmp_path / "out", "adam", budget=1e-6, epochs=6, monitor=options)  # 24 steps
+    run = cs.Run(found.runs[0].path)
+    assert sorted(set(run.frame("error")["step"])) == [2, 24]
+    assert run.frame("gradient")["step"].tolist() == [2, 24]
+    end = run.frame("monitor").query("event == 'finished'").iloc[0]
+    assert end["outside"] > 0
+
+
 def test_cosine_learning_rates(tmp_path: Path) -> None:
     found = go(tmp_path / "out", "sgd:lr=0.1", schedule="cosine")
     rates = cs.Run(found.runs[0].path).frame("loss")["lr"].tolist()

@@ -71,6 +71,7 @@ def _run(member: Member) -> dict[str, Any]:
         "test_accuracy": last(member, "test_accuracy"),
         "training_seconds": training,
         "monitor_seconds": spent,
+        "monitor_outside_seconds": member.outside,
         "overhead": spent / training if training else math.nan,
         "settings": member.run.settings,
         "versions": member.run.versions,

@@ -71,6 +71,13 @@ class Member:
         return (float(self.progress["seconds"].iloc[-1]) if len(self.progress) else 0.0), math.nan
 
     @property
+    def outside(self) -> float:
+        """Seconds of measurements at assured steps, which the budget does not count."""
+        return sum(
+            float(row.get("outside", 0) or 0) for row in self.rows("monitor") if "spent" in row
+        )
+
+    @property
     def name(self) -> str:
         """For tables and messages."""
         rate = "" if math.isnan(self.lr) else f", lr {self.lr:g}"

@@ -162,6 +162,7 @@ def monitor_table(runs: Runs) -> Table:
                 old = totals.setdefault(str(row["of"]), [0.0] * 4)
                 for k, key in enumerate(("taken", "thinned", "failed", "used")):
                     old[k] += float(row.get(key, 0) or 0)
+                old[3] += float(row.get("outside", 0) or 0)
     columns = (
         Column("measure", numeric=False),
         Column("taken"),

@@ -234,7 +234,13 @@ def _overhead(runs: Runs) -> str:
         return ""
     training, spent = sum(t for t, _ in known), sum(s for _, s in known)
     share = f", {percent(spent / training)} of it" if 0 < spent < training else ""
+    outside = sum(m.outside for m in runs.members)
+    apart = (
+        f", and {seconds(outside)} for first and last measurements, which its budget does not count"
+        if outside
+        else ""
+    )
     return (
-        f"Training took {seconds(training)} in all, the monitor {seconds(spent)} more{share}; it "
-        "is not part of the times shown."
+        f"Training took {seconds(training)} in all, the monitor {seconds(spent)} more{share}"
+        f"{apart}; this is not part of the times shown."
     )
