@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 import curvscope as cs
@@ -372,3 +373,19 @@ def test_completion_knows_commands_and_problems() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment
     )
     assert set(done.stdout.split()) == {"digits-tanh", "digits-transformer"}
+
+
+def test_an_option_is_called_the_same_in_every_command() -> None:
+    """``-o`` is the place to write to, wherever there is one."""
+    command: Any = get_command(make_app())
+    shorts: dict[str, set[str]] = {}
+    for part in command.commands.values():
+        for option in part.params:
+            for long in (name for name in option.opts if name.startswith("--")):
+                shorts.setdefault(long, set()).add(
+                    ",".join(n for n in option.opts if not n.startswith("--"))
+                )
+    assert {long: found for long, found in shorts.items() if len(found) > 1} == {}
+    assert shorts["--out"] == {"-o"} and shorts["--json"] == {""}
+    used = [short for (short,) in shorts.values() if short]
+    assert len(used) == len(set(used))

@@ -45,7 +45,6 @@ def train(
         list[str],
         typer.Option(
             "--optimizer",
-            "-o",
             metavar="NAME[:OPTION=VALUE,...]",
             help="kbfgs, kbfgs-l, kfac, adafisher, adafisherw, adahessian, mfac, one of torch's "
             "(adam, sgd, ...), or package.module:Class. May be given several times.",
@@ -55,7 +54,10 @@ def train(
     out: Annotated[
         Path,
         typer.Option(
-            help="Folder of the trainings: new, or one to go on with.", show_default=False
+            "--out",
+            "-o",
+            help="Folder of the trainings: new, or one to go on with.",
+            show_default=False,
         ),
     ],
     epochs: Annotated[int, typer.Option(min=1, help="How many times all samples are seen.")] = 10,
