@@ -427,8 +427,9 @@ class Monitor:
         if dear:
             found.append(
                 f"Never fitted into the budget of {100 * (self.budget.share or 0):g} % of "
-                f"{self.budget.training:.3g} s: {'; '.join(dear)}. Train longer, raise budget=, take "
-                "a smaller probe=, or name steps in assured=, which are measured in any case."
+                f"{self.budget.training:.3g} s: {'; '.join(dear)}. Train longer, raise "
+                "budget=, take a smaller probe=, or name steps in assured=, which are measured "
+                "in any case."
             )
         return found
 
