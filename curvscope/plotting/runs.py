@@ -145,7 +145,7 @@ def _draw_error(ax: Axes, curves: Mapping[str, Curve], run: Run) -> None:
     largest = sorted(curves, key=lambda name: -sizes[name])[:_MOST]
     _lines(ax, {name: curve for name, curve in curves.items() if name in largest}, PALETTE)
     rest = len(curves) - len(largest)
-    _legend(ax, f"{len(largest)} largest of {len(curves)} blocks" if rest else "")
+    _legend(ax, f"{len(largest)} largest of {len(curves)} blocks" if rest else "block")
     ax.set_ylabel("relative error")
 
 
