@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import NotDefinedError, check_option
+from .marks import mark
 from .style import INK, MUTED, PALETTE, axes_for, power_of_ten, short, styled
 
 if TYPE_CHECKING:
@@ -174,13 +175,16 @@ def draw_ellipses(
     others = [name for name in named if name not in known]
     known |= {name: free[k % len(free)] for k, name in enumerate(others)}
     for name, group in named.items():
-        colour = known[name]
+        colour, drawn = known[name], []
         for one in group:
             for sign, curve in one.curves(level, reach=reach) if level else ():
                 xs, ys = curve.numpy().T
-                ax.plot(xs, ys, color=colour, lw=1.2, ls="-" if sign > 0 else "--", zorder=4)
+                style = "-" if sign > 0 else "--"
+                drawn += ax.plot(xs, ys, color=colour, lw=1.2, ls=style, zorder=4)
             cx, cy = one.centre.tolist()
-            ax.plot([cx], [cy], "+", color=colour, ms=5, zorder=4)
+            drawn += ax.plot([cx], [cy], "+", color=colour, ms=5, zorder=4)
+        for line in drawn:
+            mark(line, f"curvature: {name}, {one.of}", series=name if name in (taken or ()) else "")
         ax.plot([], [], color=colour, lw=1.2, label=short(f"curvature: {name}", 32))
     ax.plot([], [], " ", label=f"±{_text(level)} by curvature" if level else "no curvature")
     if seen:

@@ -36,7 +36,8 @@ def make_runs_report(
     its best learning rate (lowest training loss of the last epoch, in the mean over seeds); error
     and cosine of each optimizer's curvature over training, layer by layer, beside fresh
     approximations; alarms; largest eigenvalue times learning rate; the paths in one plane above the
-    objective evaluated there; what the monitor took. Runs may still be under way.
+    objective evaluated there, with level lines of the exact GGN and of the optimizers' own
+    curvature at their ends; what the monitor took. Runs may still be under way.
 
     Parameters
     ----------
@@ -46,8 +47,8 @@ def make_runs_report(
         The folder to write: ``folder/report`` if not given. It may exist if it is empty or an
         earlier report and nothing else.
     surface
-        Whether to evaluate the objective on the plane of the paths (on 500 samples; for runs of
-        ``train`` only, which say how their problem is made).
+        Whether to evaluate the objective on the plane of the paths, and curvature at their ends (on
+        500 samples; for runs of ``train`` only, which say how their problem is made).
     command
         How the report was asked for, repeated in it.
 

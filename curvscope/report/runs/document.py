@@ -48,6 +48,17 @@ def make_document(
         ],
         "runs": [_run(member) for member in runs.members],
         "trajectories": None if places.paths is None else places.paths.to_dict(),
+        "ellipses": [
+            {
+                "of": name,
+                "matrix": one.matrix.tolist(),
+                "centre": one.centre.tolist(),
+                "distance": one.distance,
+                "uncovered": list(one.uncovered),
+            }
+            for name, group in places.ellipses.items()
+            for one in group
+        ],
         "surface": None if places.surface is None else places.surface.to_dict(),
         "figures": [
             {"name": p.name, "optimizer": p.block or None, "caption": p.caption, "alt": p.alt}

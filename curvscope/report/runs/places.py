@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from ...errors import CurvscopeError
 from ...plotting.trajectories import plot_distances, plot_trajectories
-from ...problem import Problem
 from ...progress import stage
-from ...training.checkpoints import load_checkpoint
+from ...training.ellipses import Ellipse
 from ...training.planes import plane_of_paths
-from ...training.plans import CHECKPOINT
-from ...training.subjects import Source
 from ...training.surfaces import LossSurface, loss_surface
 from ...training.trajectory import Trajectories, trajectories
 from ..figure_plans import Plan
+from .curvatures import EXACT, End, ellipses_of, end_of
 from .gather import Member, Runs
 
-_SAMPLES = 500  # on which the objective is evaluated
 _PATHS = 8
 
 
@@ -33,6 +29,8 @@ class Places:
     names: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     samples: int = 0
+    ellipses: dict[str, list[Ellipse]] = field(default_factory=dict)
+    steps: dict[str, int] = field(default_factory=dict)  # at which the ellipses are
 
 
 def find_places(runs: Runs, *, surface: bool = True) -> Places:
@@ -52,12 +50,13 @@ def find_places(runs: Runs, *, surface: bool = True) -> Places:
         return found
     found.names = {name: member.path for name, member in kept.items()}
     stage("Trajectories")
-    problem = None
+    ends: dict[str, End] = {}
     if surface:
         try:
-            problem = _problem(runs, next(iter(kept.values())))
+            ends = {name: end_of(runs, member) for name, member in kept.items()}
         except (CurvscopeError, RuntimeError) as error:
             found.notes.append(f"The objective is not drawn below the paths: {error}")
+    problem = next((end.problem for end in ends.values()), None)
     layout = None if problem is None else problem.layout
     snapshots = {name: member.run.snapshots() for name, member in kept.items()}
     try:
@@ -76,22 +75,36 @@ def find_places(runs: Runs, *, surface: bool = True) -> Places:
             found.notes += found.surface.warnings
         except CurvscopeError as error:
             found.notes.append(f"The objective is not drawn below the paths: {error}")
+        stage("Curvature at the ends")
+        _curvatures(ends, found)
     return found
 
 
-def _problem(runs: Runs, member: Member) -> Problem:
-    """The problem of the trainings at the end of one of them, with at most 500 samples."""
-    if not runs.plan:
-        raise CurvscopeError("only runs of curvscope train say how their problem is made.")
-    source = Source(runs.plan["problem"], batch_size=None, data=runs.plan.get("data"))
-    problem = source.subject(member.seed).problem
-    state = load_checkpoint(runs.folder / member.path / CHECKPOINT)
-    if state is not None:
-        problem.user_model.load_state_dict(state["model"])
-    with suppress(CurvscopeError):
-        if problem.n_samples > _SAMPLES:
-            problem = problem.subset(_SAMPLES)
-    return problem
+def _curvatures(ends: dict[str, End], found: Places) -> None:
+    """The ellipses at the ends of the paths; what stands in the way is a note."""
+    assert found.paths is not None
+    for name, end in ends.items():
+        try:
+            own = ellipses_of(name, end, found.paths.plane)
+        except (CurvscopeError, RuntimeError, ValueError) as error:
+            found.notes.append(f"No curvature is drawn at the end of {name}: {error}")
+            continue
+        for kind, one in own.items():
+            found.ellipses.setdefault(kind, []).append(one)
+        if own:
+            found.steps[name] = end.step
+
+
+def _about_ellipses(places: Places) -> str:
+    if not places.ellipses:
+        return ""
+    own = [name for name in places.ellipses if name != EXACT]
+    return (
+        f" Curves around the ends are level lines of curvature on the plane, of the {EXACT} (black)"
+        + (" and of the matrix that the optimizer uses there (in its colour)" if own else "")
+        + ": within one, the quadratic term adds less than the number in the legend, so that the "
+        "smaller one has the larger curvature, and a long one little of it along its axis."
+    )
 
 
 def place_plans(places: Places) -> Iterator[Plan]:
@@ -108,7 +121,8 @@ def place_plans(places: Places) -> Iterator[Plan]:
     )
 
     def draw(figure: Any) -> None:
-        plot_trajectories(paths, surface=surface, ax=figure.subplots(), title="")
+        drawn = places.ellipses or None
+        plot_trajectories(paths, surface=surface, ellipses=drawn, ax=figure.subplots(), title="")
 
     def apart(figure: Any) -> None:
         plot_distances(paths, ax=figure.subplots(), title="")
@@ -121,7 +135,8 @@ def place_plans(places: Places) -> Iterator[Plan]:
         "Every optimizer at its best learning rate, first seed, from the circle to the square, "
         "with steps beside it, in the plane of the first two principal components of all "
         f"snapshots, which has {share:.0f} % of their variance. " + over + "Paths lie above or "
-        "below the plane: between them and the contours there is what the plane does not show.",
+        "below the plane: between them and the contours there is what the plane does not show."
+        + _about_ellipses(places),
         (8.4, 4.6),
         draw,
     )
