@@ -152,6 +152,23 @@ def adam(p: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -> Opera
     return _diagonal((v / correction).sqrt() + float(group["eps"]))
 
 
+@register_adapter("EXAdam")
+def exadam(p: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -> Operator | None:
+    """``(sqrt(v~) + eps) / d``, which multiplies ``m / (1 - beta1^t) + g / (1 - beta1^t)``.
+
+    ``v~ = v / (1 - beta2^t) * (1 + beta1^t m^2 / (m^2 + eps))`` and
+    ``d = 1 + beta2^t v / (v + eps)`` are the second moment and the factor of both. As the gradient
+    is added to its mean, a step is about twice that of Adam by the same matrix. Source: Adly 2024
+    (arXiv 2412.20302), algorithm 1.
+    """
+    m, v, t = _moment(state, "exp_avg"), _moment(state, "exp_avg_sq"), _steps(state, group)
+    if m is None or v is None or t < 1:
+        return None
+    (beta1, beta2), eps = (float(b) for b in group["betas"]), float(group["eps"])
+    second = v / (1 - beta2**t) * (1 + beta1**t * m.square() / (m.square() + eps))
+    return _diagonal((second.sqrt() + eps) / (1 + beta2**t * v / (v + eps)))
+
+
 @register_adapter("RAdam")
 def radam(p: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -> Operator | None:
     """``(sqrt(v) + eps) / (r sqrt(1 - beta2^t))``; none in the first steps, which do not adapt.

@@ -193,6 +193,26 @@ def test_those_of_pytorch_optimizer(name: str) -> None:
         assert torch.allclose(found, gradient, rtol=1e-4, atol=1e-8)
 
 
+@pytest.mark.parametrize("steps", [2, 9])
+def test_exadam(steps: int) -> None:
+    other = pytest.importorskip("pytorch_optimizer")
+    problem, optimizer, step, gradient = last_step(
+        lambda p: other.EXAdam(p, lr=0.01, betas=(0.8, 0.9), eps=1e-3), steps=steps
+    )
+    states = [optimizer.state[p] for p in problem.user_model.parameters()]
+    mean = torch.cat([state["exp_avg"].reshape(-1) for state in states])
+    op = curvature_of(optimizer, problem)
+    assert op is not None and not op.uncovered
+    moved = (mean + gradient) / (1 - 0.8**steps)
+    assert torch.allclose(op @ step / -0.01, moved, rtol=1e-8, atol=1e-12)
+
+
+def test_diffgrad_does_not_keep_what_its_curvature_is_made_of() -> None:
+    other = pytest.importorskip("pytorch_optimizer")
+    _, optimizer, _, _ = last_step(lambda p: other.DiffGrad(p, lr=0.01), steps=3)
+    assert adapter_of(optimizer) is None
+
+
 def test_registering_another() -> None:
     class Odd(torch.optim.SGD):
         pass
