@@ -29,7 +29,7 @@ from .common import (
     title,
 )
 from .estimate import Estimated
-from .leave_one_out import FEW, leave_one_out
+from .leave_one_out import FEW, freedom, leave_one_out
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,12 +57,20 @@ class DiagonalEstimate(Estimated):
     @property
     def low(self) -> Tensor:
         """Lower ends of the intervals ``[P]``."""
-        return self.value - quantile(self.confidence, max(1, self.probes - 1)) * self.stderr
+        return self.value - self._width * self.stderr
 
     @property
     def high(self) -> Tensor:
         """Upper ends of the intervals ``[P]``."""
-        return self.value + quantile(self.confidence, max(1, self.probes - 1)) * self.stderr
+        return self.value + self._width * self.stderr
+
+    @property
+    def _width(self) -> float:
+        """Half width of an interval in standard errors."""
+        shared = self.method == "xdiag"
+        return quantile(
+            self.confidence, freedom(self.probes) if shared else max(1, self.probes - 1)
+        )
 
     def summary(self) -> str:
         """Range, sum and error."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -58,7 +59,8 @@ def logdet(
     By stochastic Lanczos quadrature: ``P`` times the mean over random signs of the Gauss
     quadrature of ``log(x + damping)``. The number of Lanczos steps (at most ``steps``) is where
     five more change nothing that matters beside ``tol``; if that is not reached, ``converged`` is
-    ``False``. It stops when the interval at ``confidence`` is no wider than ``tol`` of the value on
+    ``False``, and the interval is wider on either side by what the last steps have changed. It
+    stops when the interval at ``confidence`` is without that no wider than ``tol`` of the value on
     either side, or after ``budget`` products. ``method`` is ``"exact"`` (all eigenvalues),
     ``"slq"``, or ``"auto"``: exact where the structure gives the eigenvalues. ``seed`` gives the
     probes.
@@ -217,11 +219,12 @@ def _spectral_sum(
         )
         if change > _BIAS * tol * abs(found.value):
             warnings = (
-                f"The Lanczos steps allowed were not enough: the last {_EVERY} changed the "
+                f"The Lanczos steps allowed were not enough: the last ones changed the "
                 f"value by {change:.2g}; pass a larger steps= or budget=, or a "
                 "larger damping=.",
             )
-            found = Sampled(found.samples, found.value, found.stderr, False, found.reason)
+            found = replace(found, converged=False)
+        found = replace(found, bias=change)
     return estimate_of(
         op,
         quantity,
@@ -264,15 +267,14 @@ def _sampled(
     def watched(start: int, count: int, most: int, stop: bool) -> tuple[Tensor, int]:
         """Values per probe; what the last steps have changed goes into ``changes``."""
         seen: list[tuple[int, Tensor]] = [(0, torch.full((count,), math.inf))]
+        every = min(_EVERY, max(1, most // 2))
 
         def enough(found: Quadrature) -> bool:
             seen.append((found.nodes.shape[1], values(found)))
             change = float((seen[-1][1] - seen[-2][1]).abs().mean())
             return stop and change <= _SHARE * tol * float(seen[-1][1].mean().abs())
 
-        found = quadrature(
-            meter, seed, start, count, most, enough=enough, every=_EVERY, label=label
-        )
+        found = quadrature(meter, seed, start, count, most, enough=enough, every=every, label=label)
         final, taken = values(found), found.nodes.shape[1]
         before = [v for place, v in seen if place < taken][-1]
         complete = found.ended or taken >= size

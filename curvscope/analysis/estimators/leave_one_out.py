@@ -20,6 +20,19 @@ FEW = 32
 _NOISE = 50.0  # times eps: below that, a column of A Omega adds nothing
 
 
+_FIRST = 16  # probes before the error is looked at
+
+
+def freedom(count: int) -> int:
+    """Degrees of freedom of the standard error of ``count`` probes that share their subspaces.
+
+    The values of probes that share a subspace vary together, so their spread is known far worse
+    than that of ``count`` independent ones. A quarter was measured to be right: with ``count - 1``,
+    intervals at 95 % held the truth in as few as 77 % of 60 runs on the GGN of a small GRU.
+    """
+    return max(1, count // 4)
+
+
 class LeaveOneOut:
     """``A Omega = Q R`` for random signs ``Omega`` ``[P, n]``, and ``A Q``; two products a probe.
 
@@ -42,6 +55,11 @@ class LeaveOneOut:
     def count(self) -> int:
         """Probes so far."""
         return self.probes.shape[1]
+
+    @property
+    def freedom(self) -> int:
+        """Degrees of freedom of an interval."""
+        return freedom(self.count)
 
     def add(self, count: int) -> None:
         """``count`` more probes; the columns before them keep their place in ``Q``."""
@@ -213,7 +231,7 @@ def leave_one_out(
     state = keeper.load()
     if state is not None:
         parts.resume(state)
-    target = min(4, most)
+    target = min(_FIRST // 2, most)
     while True:
         target = min(most, 2 * target)
         if parts.count > target:  # resumed

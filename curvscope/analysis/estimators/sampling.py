@@ -22,13 +22,19 @@ _MARGIN = 1.1
 
 @dataclass(frozen=True)
 class Sampled:
-    """Samples ``[n, q]``, what they give, and why there are not more."""
+    """Samples ``[n, q]``, what they give, and why there are not more.
+
+    ``freedom`` are the degrees of freedom of the standard error, ``n - 1`` if not given.
+    ``bias`` widens the interval on either side.
+    """
 
     samples: Tensor
     value: float
     stderr: float
     converged: bool
     reason: str
+    freedom: int | None = None
+    bias: float = 0.0
 
 
 def sample_until(

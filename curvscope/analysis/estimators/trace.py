@@ -131,7 +131,9 @@ def estimate_of(
     """The result of sampling, its interval cut to what is possible at all."""
     half = 0.0
     if found.stderr:
-        half = quantile(confidence, max(1, found.samples.shape[0] - 1)) * found.stderr
+        freedom = found.freedom or max(1, found.samples.shape[0] - 1)
+        half = quantile(confidence, freedom) * found.stderr
+    half += found.bias
     if not found.converged:
         warnings = (*warnings, f"The {quantity} has not converged to tol={settings['tol']:g}.")
     return Estimate(
@@ -220,7 +222,7 @@ def _xtrace(
 
     def interval(parts: LeaveOneOut) -> tuple[float, float]:
         values, stderr = parts.traces()
-        return float(values.mean()), quantile(confidence, max(1, parts.count - 1)) * stderr
+        return float(values.mean()), quantile(confidence, parts.freedom) * stderr
 
     parts = leave_one_out(
         meter,
@@ -234,7 +236,8 @@ def _xtrace(
     values, stderr = parts.traces()
     value = float(values.mean())
     good = interval(parts)[1] <= tol * abs(value)
-    return Sampled(values, value, stderr, good, why(good, tol, f"{parts.count} probes"))
+    reason = why(good, tol, f"{parts.count} probes")
+    return Sampled(values, value, stderr, good, reason, parts.freedom)
 
 
 def why(good: bool, tol: float, spent: str) -> str:
