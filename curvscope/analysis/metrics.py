@@ -72,6 +72,8 @@ def spectral_error(pair: Pair) -> Value:
         pair.reference.may_iterate()
     top, slack = pair.difference_norm
     whole, more = pair.reference.spectral_norm
+    if not whole:  # entries so small that their squares vanish
+        raise NotDefinedError(f"The {pair.reference.name} is zero to rounding here.")
     spread = (slack + more * top / whole) / whole
     return Value(top / whole, spread, "estimated" if spread else pair.method)
 

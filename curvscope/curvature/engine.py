@@ -132,9 +132,18 @@ class Engine:
         many = len(rows) >= _TRY_FROM or (self.mode == "vmap" and len(rows) > 1)
         if many and self._vectorised is None:
             self._try_vectorised(graph, rows[:_TRY_FROM])
-        graph.add(
-            rows, total, self.scale, vectorised=many and bool(self._vectorised), retain=retain
-        )
+        vectorised = many and bool(self._vectorised)
+        try:
+            graph.add(rows, total, self.scale, vectorised=vectorised, retain=retain)
+        except (RuntimeError, NotImplementedError) as error:
+            if not (vectorised and self.mode == "vmap") or isinstance(
+                error, torch.OutOfMemoryError
+            ):
+                raise
+            raise UnsupportedLayerError(
+                f"The model cannot be multiplied with several vectors in one pass ({error}). Use "
+                "engine='auto'."
+            ) from error
 
     # -- graphs ----------------------------------------------------------------------------------
 

@@ -216,3 +216,11 @@ def test_rounding_of_single_precision_is_no_asymmetry() -> None:
     found = compare(DenseOperator(matrix), op, gradient=torch.ones(6), damping=0.1).rows[0]
     assert found.reasons.get("step_efficiency") is None
     assert found["step_efficiency"] == pytest.approx(1.0, abs=1e-4)
+
+
+def test_a_reference_that_is_zero_has_no_relative_error() -> None:
+    zero = FunctionOperator(lambda v: 0 * v, SIZE, layout=LAYOUT, check=False)
+    other = DiagonalOperator(torch.ones(SIZE, dtype=torch.float64), layout=LAYOUT)
+    row = compare(zero, other, method="estimated", blocks="(all)", budget=32).rows[0]
+    assert math.isnan(row.values["error"]) and math.isnan(row.values["spectral_error"])
+    assert "zero" in row.reasons["spectral_error"]

@@ -209,6 +209,19 @@ def test_models_without_forward_mode_or_batching_rule() -> None:
             MATRICES[name](problem, engine="forward") @ v
 
 
+def test_what_vectorised_passes_cannot_do_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = (nn.Flatten(), nn.Linear(16, 6), nn.Tanh(), nn.Linear(6, 4))
+    problem = problem_of(seeded(lambda: nn.Sequential(*layers)))
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("no batching rule")  # GroupNorm's second derivative in torch 2.13
+
+    monkeypatch.setattr("curvscope.curvature.graphs.HessianGraph._many", fails)
+    with pytest.raises(errors.UnsupportedLayerError, match="Use engine='auto'"):
+        cs.hessian(problem, engine="vmap") @ columns(problem, 5)
+    assert torch.isfinite(cs.hessian(problem) @ columns(problem, 5)).all()
+
+
 def test_tied_weights_and_forward_mode() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
