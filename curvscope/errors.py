@@ -115,7 +115,11 @@ class MissingPackageError(CurvscopeError, ImportError):
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """Return ``" Did you mean 'a' or 'b'?"`` for the closest known names, or ``""``."""
-    close = difflib.get_close_matches(name, list(known), n=count, cutoff=0.4)
+    written: dict[str, list[str]] = {}
+    for each in known:
+        written.setdefault(each.lower(), []).append(each)
+    found = difflib.get_close_matches(name.lower(), list(written), n=count, cutoff=0.4)
+    close = [each for lowered in found for each in written[lowered]][:count]
     return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 

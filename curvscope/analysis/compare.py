@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from ..errors import OptionError, ParameterMismatchError, ShapeError, check_opti
 from ..operators import Operator
 from ..progress import track
 from .align import align, partition
-from .comparison import Comparison, place
+from .comparison import SAME, Comparison, Row, place
 from .facts import Limits, affordable_rows
 from .job import Job
 from .metrics import METRICS
@@ -23,6 +24,8 @@ from .result import Cost, listing
 from .structure import is_structured
 
 _BUDGET = 100
+STEPS = ("step_angle", "predicted_decrease", "actual_decrease", "decrease_ratio", "step_efficiency")
+_UNITS = 25.0  # of rounding, up to which a relative error is none
 _LEAST = 8  # products below which an estimate has no standard error worth the name
 
 
@@ -142,7 +145,19 @@ def compare(
     if with_whole:
         form = budget is None or budget >= reference.shape[0] or is_structured(reference)
         job.whole(form or method == "exact")
+    same = {name: _rounding(reference, op) for name, op in others.items()}
     warnings = remarks(reference, others, job.rows)
+    if damping is not None and vector is None and set(chosen) & set(STEPS):
+        warnings.append(
+            "damping= was given without gradient=: the metrics of steps are NaN; pass "
+            "gradient=problem as well."
+        )
+    lacking = list(dict.fromkeys(row.approximation for row in job.rows if _no_step(row)))
+    if vector is not None and lacking:
+        warnings.append(
+            f"The steps of {listing(lacking)} are not defined everywhere, because a matrix is "
+            "singular: pass a larger damping=. The column note says where."
+        )
     if job.noisy:
         where = listing([place(name) for name in job.noisy])
         warnings.append(
@@ -153,7 +168,7 @@ def compare(
         reference=reference.info.what,
         approximations=tuple(others),
         blocks=tuple(members),
-        rows=tuple(job.rows),
+        rows=tuple(replace(row, rounding=same[row.approximation]) for row in job.rows),
         references=tuple(job.references),
         metrics=chosen,
         cost=Cost(job.products, time.perf_counter() - start),
@@ -183,6 +198,16 @@ def _chosen(metrics: Sequence[str] | None) -> tuple[str, ...]:
     for name in wanted:
         check_option("metrics", name, METRICS)
     return tuple(name for name in METRICS if name in wanted)
+
+
+def _rounding(*ops: Operator) -> float:
+    """Relative errors between these matrices that mean nothing."""
+    return max(SAME, *(_UNITS * float(torch.finfo(op.dtype).eps) for op in ops))
+
+
+def _no_step(row: Row) -> bool:
+    """Whether a step is missing for want of damping."""
+    return any("damping" in row.reasons.get(name, "") for name in STEPS)
 
 
 def _check(tol: float | None, budget: int | None) -> None:

@@ -18,7 +18,9 @@ WHOLE = "(all)"
 """Name of the row for the whole matrix."""
 
 SAME = 1e-10
-"""Relative errors up to here are rounding."""
+"""Relative errors up to here are rounding, in double precision."""
+
+NO_GRADIENT = "No gradient was given: pass gradient=problem."
 
 _FIRST = ("block", "approximation", "status", "size", "family", "damping", "error", "error_stderr")
 _BESIDE = ("best_class", "best_in_class", "excess", "outside", "outside_stderr")
@@ -36,9 +38,10 @@ class Row:
 
     ``status`` is ``"compared"``, ``"partial"`` (some parameters of the block are uncovered and were
     taken as zero), ``"uncovered"`` (the approximation does not define the block) or ``"failed"``;
-    ``note`` explains it. ``family`` is the class of matrices that the approximation belongs to,
-    ``best_class`` the class whose nearest member stands beside it (they differ where the nearest
-    member of the family itself is not known).
+    ``note`` explains it. Errors up to ``rounding`` are those of the number type. ``family`` is the
+    class of matrices that the approximation belongs to, ``best_class`` the class whose nearest
+    member stands beside it (they differ where the nearest member of the family itself is not
+    known).
     """
 
     block: str
@@ -53,6 +56,7 @@ class Row:
     method: Mapping[str, str] = field(default_factory=dict)
     reasons: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
+    rounding: float = SAME
 
     def __getitem__(self, metric: str) -> float:
         """The value of a metric; NaN if it was not computed."""
@@ -77,6 +81,20 @@ class Row:
     def outside(self) -> float:
         """Whole matrix only: share of the reference's energy outside its diagonal blocks."""
         return self["outside"]
+
+    @property
+    def equal(self) -> bool:
+        """Whether the error is known and no more than rounding."""
+        return self.error <= self.rounding and not self.stderr.get("error")
+
+    def why(self) -> str:
+        """The note, and why metrics are NaN: ``"step_angle, step_efficiency: The GGN ..."``."""
+        groups: dict[str, list[str]] = {}
+        for metric, reason in self.reasons.items():
+            if math.isnan(self[metric]) and reason != NO_GRADIENT:
+                groups.setdefault(reason, []).append(metric)
+        missing = [f"{', '.join(names)}: {reason}" for reason, names in groups.items()]
+        return " ".join([self.note] * bool(self.note) + missing)
 
     def record(self, metrics: tuple[str, ...], noisy: Collection[str] = ()) -> dict[str, Any]:
         """The row of :meth:`Comparison.to_frame`; ``noisy`` names what has a ``_stderr`` column."""
@@ -104,7 +122,7 @@ class Row:
             if name in noisy:
                 rest[f"{name}_stderr"] = self.stderr.get(name, math.nan)
         rest = {name: value for name, value in rest.items() if name not in first}
-        return {**first, **rest, "note": self.note}
+        return {**first, **rest, "note": self.why()}
 
     def sentence(self) -> str:
         """``"K-FAC is off by 0.42 on conv1, of which 0.40 is the price of being Kronecker."``"""
@@ -117,14 +135,15 @@ class Row:
         spread = self.stderr.get("error", 0.0)
         bars = f" ± {number(spread, 2)}" if spread else ""
         note = f" ({self.note})" if self.note else ""
-        if self.error <= SAME and not spread:
+        if self.equal:
             return f"{self.approximation} equals the reference on {where} up to rounding{note}."
         text = f"{self.approximation} is off by {number(self.error)}{bars} on {where}"
         if self.best_class not in (None, "dense") and not math.isnan(self.best_in_class):
             least = self.best_in_class
-            price = f"of which {number(least)} is" if least > SAME else "none of which is"
+            same = least <= self.rounding
+            price = "none of which is" if same else f"of which {number(least)} is"
             text += f", {price} the price of being {_in_words(str(self.best_class))}"
-            if self.status == "partial" and least > SAME:
+            if self.status == "partial" and not same:
                 text += " and of leaving out what it does not cover"
         return text + note + "."
 
@@ -193,11 +212,16 @@ class Comparison(Result):
             if row.block == block and row.approximation == approximation:
                 return row
         blocks = list(dict.fromkeys(row.block for row in self.rows))
-        hint = nearest(block, blocks) if block not in blocks else ""
-        hint = hint or nearest(approximation, self.approximations)
+        wrong = []
+        if block not in blocks:
+            wrong.append(f"There is no block {block!r}.{nearest(block, blocks)}")
+        if approximation not in self.approximations:
+            hint = nearest(approximation, self.approximations)
+            wrong.append(f"There is no approximation {approximation!r}.{hint}")
+        if not wrong:
+            wrong.append(f"{approximation!r} was not compared on {place(block)}.")
         raise UnknownBlockError(
-            f"There is no row for block {block!r} and approximation {approximation!r}.{hint} "
-            f"Blocks are {blocks}, approximations {list(self.approximations)}."
+            f"{' '.join(wrong)} Blocks are {blocks}, approximations {list(self.approximations)}."
         )
 
     def best(self, block: str = WHOLE, metric: str = "error") -> Row:
@@ -305,7 +329,7 @@ class Comparison(Result):
             text = whole[0].sentence() if whole else ""
             if known:
                 worst = max(known, key=lambda row: row.error)
-                if worst.error <= SAME and not worst.stderr.get("error"):
+                if worst.equal:
                     text += f"{' ' if text else ''}{name} equals it on every block up to rounding."
                 else:
                     text += (" Worst block: " if text else "") + worst.sentence()
@@ -314,7 +338,10 @@ class Comparison(Result):
 
     def _card_(self) -> Card:
         """Errors first; every other metric and the reference's blocks behind a fold."""
-        records = self.records()
+        records = [
+            {**record, "note": row.note}
+            for record, row in zip(self.records(), self.rows, strict=True)
+        ]
         constant = all(row.status == "compared" for row in self.rows)
         shown = ["block", "approximation", "size", "error", "best_in_class", "best_class"]
         shown += ["excess", "outside", "cosine", "trace_ratio"]

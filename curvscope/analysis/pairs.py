@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NotDefinedError
+from .comparison import NO_GRADIENT
 from .facts import Facts
 from .lanczos import norm_of_dense
 from .probes import Probes
@@ -49,7 +50,7 @@ class Pair:
     def gradient(self) -> Tensor:
         """The gradient ``[P]``; ``NotDefinedError`` where none was given or it vanishes."""
         if self._gradient is None:
-            raise NotDefinedError("No gradient was given: pass gradient=problem.")
+            raise NotDefinedError(NO_GRADIENT)
         if not float(self._gradient.abs().max()):
             raise NotDefinedError("The gradient of this block is zero.")
         return self._gradient

@@ -30,6 +30,11 @@ def remarks(
             if row.status == "failed" and row.block != WHOLE:
                 found.append(f"{name} on {place(row.block)} failed: {row.note}")
         found += _scale(name, own)
+        found += _drawn(name, reference, op)
+        broken = [r for r in own if "NaN or infinite entries" in r.reasons.get("error", "")]
+        if broken:
+            places = listing([place(row.block) for row in broken])
+            found.append(f"{name} has NaN or infinite entries on {places}: not compared there.")
     return list(dict.fromkeys([*found, *_damped(approximations), *_uncovered(approximations)]))
 
 
@@ -68,6 +73,35 @@ def _uncovered(approximations: Mapping[str, Operator]) -> list[str]:
         f"{'counts' if len(blocks) == 1 else 'count'} {AS_ZERO}"
         for blocks, names in groups.items()
     ]
+
+
+OTHER_MATRIX = "between these two matrices."
+_FEW = 4  # probes up to which an estimate is mostly noise
+_TITLES = {
+    "hessian": "Hessian",
+    "ggn": "GGN",
+    "fisher": "Fisher",
+    "empirical_fisher": "empirical Fisher",
+}
+
+
+def _drawn(name: str, reference: Operator, op: Operator) -> list[str]:
+    """That an approximation is of another matrix than the reference, and from few probes."""
+    settings, found = op.info.settings, []
+    own, whole = _TITLES.get(str(settings.get("matrix"))), reference.info.what
+    alike = {"GGN", "Fisher"}  # equal for every loss that has a Fisher
+    if own and whole in _TITLES.values() and own != whole and {own, whole} != alike:
+        found.append(
+            f"{name} is of the {own}, the reference is the {whole}: errors contain the difference "
+            f"{OTHER_MATRIX}"
+        )
+    probes = settings.get("probes")
+    if isinstance(probes, int) and 0 < probes <= _FEW:
+        found.append(
+            f"{name} is an estimate from {probes} random probe{'s' * (probes > 1)}: its errors are "
+            "mostly noise; raise probes= to see those of the approximation."
+        )
+    return found
 
 
 _SAME = {

@@ -79,11 +79,13 @@ def exact_diagonal(problem: Problem, matrix: str = "ggn") -> BlockDiagonalOperat
         name: blocks[name] if name in blocks else DiagonalOperator(whole.blocks[name].diagonal())
         for name in problem.blocks
     }
-    info = provenance(problem, kind, "diagonal").with_(
+    base = provenance(problem, kind, "diagonal")
+    info = base.with_(
         what=f"diagonal of the {kind.title}",
         exact=False,
         seconds=time.perf_counter() - start,
         passes=passes,
+        settings={**base.settings, "matrix": matrix},
     )
     return assemble(problem, blocks, info, {}, "raise")
 
@@ -185,12 +187,19 @@ def hutchinson_diagonal(
             square = square + delta * (column - mean)
     stderr = (square / (probes - 1) / probes).sqrt() if probes > 1 else mean * math.nan
     base = provenance(problem, kind, "Hutchinson")
+    drawn = f"{probes} probe{'s' * (probes > 1)}"
     info = base.with_(
-        what=f"Hutchinson diagonal ({probes} probe{'s' * (probes > 1)}{', spatial' * spatial})",
+        what=f"Hutchinson diagonal of the {kind.title} ({drawn}{', spatial' * spatial})",
         exact=False,
         seconds=time.perf_counter() - start,
         passes=2.0 * probes,
-        settings={**base.settings, "probes": probes, "seed": seed, "spatial": spatial},
+        settings={
+            **base.settings,
+            "matrix": matrix,
+            "probes": probes,
+            "seed": seed,
+            "spatial": spatial,
+        },
     )
     blocks: dict[str, Operator] = {}
     for name, members in problem.blocks.items():
