@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from . import zoo
 from .errors import CurvscopeError, OptionError, UnknownProblemError, nearest
 from .problem import Problem
+from .problem.state import random_state
 
 _FORM = "PROBLEM is a name of the zoo (curvscope problems) or package.module:function."
 
@@ -33,7 +36,8 @@ def load_problem(
     A function gets those of ``data``, ``samples``, ``seed``, ``dtype`` and ``device`` that were
     given and that it has as arguments. What it does not take is done to its result (``samples`` by
     :meth:`Problem.subset`, ``dtype`` and ``device`` by computing there), except for ``data``.
-    The working directory is importable meanwhile.
+    The working directory is importable meanwhile, and with a ``seed`` the global random states are
+    set from it for the function and its module, so that the same call gives the same problem.
 
     Raises ``UnknownProblemError`` (with the nearest names) for what cannot be found or imported,
     ``OptionError`` for a function that fails, returns something else, or takes no ``data``, and for
@@ -48,13 +52,13 @@ def load_problem(
     }
     given = {key: value for key, value in options.items() if value is not None}
     if ":" in name:
-        with _working_directory():
+        with _working_directory(), _seeded(seed):
             problem, rest = _call(name, _function(name), given)
     else:
         rest = {"device": given.pop("device")} if "device" in given else {}
         _known(name)
         problem = zoo.load(name, **given)
-    return _finish(problem, rest)
+    return _finish(problem, rest, seed or 0)
 
 
 def _known(name: str) -> None:
@@ -144,7 +148,7 @@ def _without_data(name: str, rest: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in rest.items() if key != "seed"}
 
 
-def _finish(problem: Problem, rest: dict[str, Any]) -> Problem:
+def _finish(problem: Problem, rest: dict[str, Any], seed: int) -> Problem:
     changes = {key: rest[key] for key in ("dtype", "device") if key in rest}
     if changes:
         with problem.session():
@@ -158,7 +162,18 @@ def _finish(problem: Problem, rest: dict[str, Any]) -> Problem:
             f"samples={wanted}: {problem.name} has {there:,} samples; take at most {there:,}, or "
             "leave samples (--samples) out for all of them."
         )
-    return problem if wanted == there else problem.subset(wanted, int(rest.get("seed") or 0))
+    return problem if wanted == there else problem.subset(wanted, seed)
+
+
+@contextmanager
+def _seeded(seed: int | None) -> Iterator[None]:
+    """Global random states set from ``seed``, and put back afterwards."""
+    with random_state():
+        if seed is not None:
+            torch.manual_seed(seed)
+            np.random.seed(seed % 2**32)
+            random.seed(seed)
+        yield
 
 
 @contextmanager
