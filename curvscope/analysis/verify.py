@@ -111,9 +111,9 @@ class Verification(Result):
         )
         lines = [
             f"{self.problem}: {verdict}. Of {len(self.checks)} checks {count[PASSED]} passed, "
-            f"{count[FAILED]} failed, {count[SKIPPED]} are undecided and "
-            f"{len(self.checks) - sum(count.values())} do not apply (on {self.samples} samples in "
-            f"{self.dtype}, {self.cost})."
+            f"{count[FAILED]} failed, {count[SKIPPED]} undecided, "
+            f"{len(self.checks) - sum(count.values())} not applicable (on {self.samples} samples "
+            f"in {self.dtype}, {self.cost})."
         ]
         lines += [
             f"Failed: {c.name}. {c.sentence} {c.advice}".rstrip()
