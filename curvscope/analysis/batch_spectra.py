@@ -144,8 +144,8 @@ def batch_spectra(
 
     Cost: ``k`` eigenpairs of the whole matrix and of ``draws`` batches per size, and ``k + 1``
     products with each. Raises ``OptionError`` for sizes that are not between 1 and N,
-    ``DataError`` for a single sample, ``BatchNormError`` where the samples of a batch influence
-    each other.
+    ``DataError`` for a single sample and for a batch whose targets are all ignored,
+    ``BatchNormError`` where the samples of a batch influence each other.
 
     Source: Granziol, Zohren and Roberts, "Learning rates as a function of batch size: a random
     matrix theory approach to neural network training" (JMLR 23, 2022; arXiv 2006.09092).
@@ -194,6 +194,13 @@ def batch_spectra(
     for i, draw in track(cells, "Batches", total=len(cells)):
         size = chosen[i]
         part = problem.subset(size, seed=int(torch.randint(2**31, (), generator=generator)))
+        try:
+            part.check()
+        except DataError as error:
+            raise DataError(
+                f"One of the random batches of {size} samples cannot be used: {error} Pass larger "
+                "sizes=, so that every batch has terms of its own."
+            ) from error
         op: Operator = WholeOperator(part, Kind(_KINDS[matrix]), "auto", part.snapshot())
         if problem.loss.reduction == "sum":
             op = (n / size) * op

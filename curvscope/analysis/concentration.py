@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import OptionError, check_option
+from ..errors import NonFiniteError, OptionError, check_option
 from ..operators import KroneckerOperator, Operator
 from ..progress import track
 from .coerce import as_operator, in_float64
@@ -121,6 +121,11 @@ def concentration(
     if method == "estimated" or (given and method == "auto" and op.shape[0] > limit):
         return _unformed(op, factors, settings, start)
     dense = as_cpu(in_float64(op).dense())
+    if not bool(torch.isfinite(dense).all()):
+        raise NonFiniteError(
+            f"The {op.info.what} has NaN or infinite entries. Check the parameters and the data "
+            "that it was computed from."
+        )
     return _formed(dense, op.info.what, factors, settings, start)
 
 

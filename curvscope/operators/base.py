@@ -92,12 +92,22 @@ class Operator(Shown, ABC):
 
     def eigenvalues(self) -> Tensor:
         """All eigenvalues ``[P]`` in ascending order. Cost: O(P^3) unless the structure helps."""
-        return torch.linalg.eigvalsh(self.dense())
+        return torch.linalg.eigvalsh(self._finite())
 
     def eigh(self) -> tuple[Tensor, Tensor]:
         """All eigenvalues ``[P]``, ascending, and eigenvectors as columns ``[P, P]``."""
-        values, vectors = torch.linalg.eigh(self.dense())
+        values, vectors = torch.linalg.eigh(self._finite())
         return values, vectors
+
+    def _finite(self) -> Tensor:
+        """The matrix, refused where the solvers' own message would not say what is wrong."""
+        dense = self.dense()
+        if not bool(torch.isfinite(dense).all()):
+            raise NonFiniteError(
+                f"The {self.info.what} has NaN or infinite entries, so it has no eigenvalues. "
+                "Check the parameters and the data that it was computed from."
+            )
+        return dense
 
     def _inverse(self, damping: float) -> Operator:
         from .dense import DenseOperator

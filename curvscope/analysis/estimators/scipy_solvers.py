@@ -34,7 +34,9 @@ def by_scipy(
     meter: Meter, start: Tensor, k: int, which: str, tol: float, most: int, seed: int
 ) -> Found:
     """``scipy.sparse.linalg.eigsh``, that is ARPACK's implicitly restarted Lanczos."""
-    from scipy.sparse.linalg import ArpackNoConvergence, eigsh
+    from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, eigsh
+
+    from ...errors import NotDefinedError
 
     size = meter.size
     if k >= size:
@@ -58,6 +60,10 @@ def by_scipy(
     except ArpackNoConvergence as stopped:
         values, vectors = stopped.eigenvalues, stopped.eigenvectors
         reason = f"SciPy's eigsh stopped at its budget with {len(values)} of {k} pairs."
+    except ArpackError as error:  # of a zero matrix, for one
+        raise NotDefinedError(
+            f"SciPy's eigsh cannot go on ({error}). Use method='lanczos'."
+        ) from error
     return _checked(meter, values, vectors, k, which, tol, reason)
 
 
