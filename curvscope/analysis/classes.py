@@ -7,7 +7,13 @@ from collections.abc import Callable, Mapping
 import torch
 
 from ..errors import NotDefinedError, ShapeError
-from ..operators import BlockDiagonalOperator, LowRankOperator, MatrixView, Operator
+from ..operators import (
+    BlockDiagonalOperator,
+    EigenKroneckerOperator,
+    LowRankOperator,
+    MatrixView,
+    Operator,
+)
 from ..operators.eigenbasis import kronecker_eigenvalue_correction
 from ..operators.nearest import best_diagonal_kronecker, best_kronecker
 from .facts import Facts, TooLargeError
@@ -153,17 +159,38 @@ class Nearest:
         factors = form.factors
         source = matrix_of(self.reference)
         found = kronecker_eigenvalue_correction(source, factors["U_G"], factors["U_A"], form.view)
-        return max(self.reference.norm2 - _square(found), 0.0)
+        gap = self.reference.norm2 - _square(found)
+        if gap < _CLOSE * self.reference.norm2 and self.reference.small:
+            U_G, U_A = factors["U_G"], factors["U_A"]
+            nearest = EigenKroneckerOperator(U_G, U_A, found.to(U_G.dtype), form.view)
+            return _square(self.reference.dense - nearest.dense().to(torch.float64))
+        return max(gap, 0.0)
 
     def _by_blocks(self, op: BlockDiagonalOperator) -> Quantity:
         """Everything outside the blocks, and the nearest member inside each."""
-        gap = self.energy
+        gap, withins = self.energy, []
         for name, block in op.blocks.items():
             inside = self.part(op.members[name])
-            within = inside.of(block)[1]
-            energy = inside.energy
-            gap = add(gap, add(-energy, within))
+            withins.append(inside.of(block)[1])
+            gap = add(gap, add(-inside.energy, withins[-1]))
+        if isinstance(gap, torch.Tensor):
+            return gap
+        small = self.reference.small and self.reference.given.layout is not None
+        if gap < _CLOSE * self.reference.norm2 and small:
+            gap = self._outside(op)
+            for within in withins:
+                gap = add(gap, within)
         return gap if isinstance(gap, torch.Tensor) else max(gap, 0.0)
+
+    def _outside(self, op: BlockDiagonalOperator) -> float:
+        """Energy outside the blocks, added up there."""
+        layout = self.reference.given.layout
+        assert layout is not None
+        rest = self.reference.dense.clone()
+        for name in op.blocks:
+            rows = layout.index(op.members[name])
+            rest[rows.unsqueeze(1), rows] = 0.0
+        return _square(rest)
 
     def part(self, members: tuple[str, ...]) -> Nearest:
         """The same for the block of some of the parameters."""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from ..errors import CurvscopeError, MemoryLimitError
@@ -22,6 +23,7 @@ from .structure import family
 from .whole import WholeFacts, WholeNearest, WholePair, inside_blocks
 
 _NO_BEST = 1e-9  # a best in class below is rounding
+_ROUNDING = 30  # units of rounding up to which an error is none
 
 
 class Job:
@@ -223,10 +225,15 @@ class Job:
         book.enter("best_in_class", best, pair)
         least = book.values["best_in_class"]
         error = book.values.get("error", math.nan)
+        noisy = "estimated" in (book.method.get("error"), book.method.get("best_in_class"))
+        rounding = _ROUNDING * torch.finfo(pair.reference.given.dtype).eps
+        if error < least and not noisy:  # a member cannot be nearer: differences have cancelled
+            least = book.values["best_in_class"] = error
         if math.isnan(least) or math.isnan(error):
             book.refuse("excess", book.reasons.get("best_in_class", "The error is not known."))
-        elif least <= _NO_BEST:
-            book.refuse("excess", "The class contains the reference: the best error is 0.")
+        elif least <= _NO_BEST or (not noisy and max(least, error) <= rounding):
+            why = "The class contains the reference, up to rounding: the best error is 0."
+            book.refuse("excess", why)
         else:
             spread = math.hypot(
                 book.stderr.get("error", 0.0) / least,

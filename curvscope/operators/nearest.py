@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import memory
+from ..errors import OptionError
 from . import row_algebra as rows_
 from .base import Operator
 from .blockdiag import BlockDiagonalOperator
@@ -94,8 +95,9 @@ def best_kronecker(
     Cost: a factored block with one position takes one Gram matrix of its samples, others one pass
     over the rows per iteration; no matrix is formed beyond 4,096 rows unless ``op`` is stored.
 
-    Raises ``ShapeError`` for a matrix without a view as weight matrix (give ``view=``) and
-    ``MemoryLimitError`` for one that would have to be formed and does not fit.
+    Raises ``OptionError`` for what is no Operator, ``ShapeError`` for a matrix without a view as
+    weight matrix (give ``view=``) and ``MemoryLimitError`` for one that would have to be formed
+    and does not fit.
 
     Source: Van Loan and Pitsianis 1993, section 2.
 
@@ -137,8 +139,9 @@ def best_diagonal_kronecker(
 
     Cost: that of ``op.diagonal()`` and ``O(out * in)`` per iteration.
 
-    Raises ``ShapeError`` for a matrix without a view as weight matrix and
-    ``MemoryLimitError`` where the diagonal needs a dense matrix that does not fit.
+    Raises ``OptionError`` for what is no Operator, ``ShapeError`` for a matrix without a view as
+    weight matrix and ``MemoryLimitError`` where the diagonal needs a dense matrix that does not
+    fit.
 
     Source: Van Loan and Pitsianis 1993, section 2, with diagonal factors.
 
@@ -309,6 +312,11 @@ def _blockwise(
     def labelled(block: Operator) -> Operator:
         return nearest(block).with_info(what=f"{what} to the {block.info.what}", exact=False)
 
+    if not isinstance(op, Operator):
+        raise OptionError(
+            f"{what.capitalize()} is that of a matrix, not of a {type(op).__name__}: say which, as "
+            "in cs.best_kronecker(cs.ggn(problem)); cs.operators.DenseOperator takes a tensor."
+        )
     if not op.blocks:
         return labelled(op)
     assert op.layout is not None, "an operator with blocks knows its parameters"

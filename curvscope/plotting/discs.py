@@ -47,7 +47,8 @@ def plot_gershgorin(
     _eigenvalues(ax, concentration, circles)
     ax.set_xlabel("eigenvalue / mean diagonal entry")
     ax.grid(True, axis="x")
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, columnspacing=1.2)
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, columnspacing=1.2)
     apart = f"{int(alone.sum())} of {len(centres)} discs touch no other"
     if not whole:
         apart = f"{len(centres)} of {concentration.size:,} discs, drawn at random"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import (
     BatchNormError,
     CurvscopeError,
+    DataError,
     ModelError,
     NonDeterministicError,
     NonFiniteError,
@@ -55,14 +56,42 @@ def parts_of(inputs: Any, targets: Any) -> list[tuple[Any, Any]]:
     ]
 
 
+def samples_first(inputs: Any, targets: Any, outputs: Tensor) -> None:
+    """Raise ``DataError`` where the samples seem to lie on the inputs' second axis."""
+    samples = sample_count(inputs, targets)
+    first = next((leaf for leaf in leaves(inputs) if leaf.ndim), None)
+    if first is None or first.ndim < 2 or not outputs.ndim or samples == 1:
+        return
+    rows = len(outputs)
+    if rows == samples or rows != first.shape[1]:
+        return
+    if any(leaf.ndim and len(leaf) == rows for leaf in leaves(targets)):
+        raise _time_first(first, outputs)
+
+
+def _time_first(first: Tensor, outputs: Tensor) -> DataError:
+    return DataError(
+        f"The inputs are {list(first.shape)} and the outputs {list(outputs.shape)}: the samples "
+        "seem to lie on the second axis of the inputs (time first), but curvscope counts and cuts "
+        "along the first. Give data with the samples first, and use batch_first=True, or transpose "
+        "in forward=lambda model, x: model(x.transpose(0, 1))."
+    )
+
+
 def coupled(problem: Problem, inputs: Any, targets: Any, outputs: Tensor) -> bool:
     """Whether the outputs of a sample change with the other samples of its batch."""
+    parts = parts_of(inputs, targets)
     try:
-        parts = [problem.outputs(part).detach() for part, _ in parts_of(inputs, targets)]
-        joint = torch.cat(parts)
+        found = [problem.outputs(part).detach() for part, _ in parts]
+        joint = torch.cat(found)
     except (CurvscopeError, RuntimeError, ValueError, IndexError):
         return False  # the first axis is not the samples' alone; nothing can be said
     if joint.shape != outputs.shape:
+        first = next((leaf for leaf in leaves(inputs) if leaf.ndim), None)
+        square = first is not None and first.ndim > 1 and first.shape[0] == first.shape[1]
+        if square and all(part.shape == outputs.shape for part in found):
+            assert first is not None
+            raise _time_first(first, outputs)  # fewer steps, still all samples
         return False
     scale = float(outputs.abs().max()) or 1.0
     tolerance = 1e3 * torch.finfo(outputs.dtype).eps ** 0.75

@@ -21,6 +21,7 @@ from ..errors import (
     TargetError,
     UnsupportedLossError,
     check_option,
+    counted,
     nearest,
 )
 from ..modes import plain_mode
@@ -30,6 +31,7 @@ from .blocks import make_blocks, select_parameters
 from .checks import Facts
 from .data import Batches, move, sample_count, select
 from .recognise import Reduction, recognise
+from .refusals import check_data, check_model
 
 
 @dataclass(frozen=True)
@@ -115,13 +117,13 @@ class Problem(Shown):
         name: str | None = None,
         check: bool = True,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise ModelError(f"The model must be an nn.Module, not {type(model).__name__}.")
+        check_model(model, loss)
         check_option("batchnorm", batchnorm, ("eval", "batch"))
         self.user_model = model
         self.name = name or type(model).__name__
         self.user_loss = loss
         self.loss = recognise(loss, reduction)
+        check_data(data, unpack)
         self.data = Batches(data, unpack)
         self.batchnorm = batchnorm
         self._forward = forward
@@ -319,6 +321,8 @@ class Problem(Shown):
             for inputs, targets in self.batches(seed):
                 run = self.outputs if count else functools.partial(checks.first_outputs, self)
                 outputs = run(inputs).detach()
+                if look and not count:
+                    checks.samples_first(inputs, targets, outputs)
                 self.loss.check(outputs, targets)
                 value = self.batch_total(outputs, targets)
                 if not bool(torch.isfinite(value)):
@@ -420,9 +424,10 @@ class Problem(Shown):
         """One sentence: model, sizes, loss."""
         facts = self.check()
         return (
-            f"{self.name}: {self.layout.numel:,} parameters in {len(self.blocks)} blocks, "
-            f"{facts.samples:,} samples in {facts.batches} batches, {self.loss.name} "
-            f"({self.loss.reduction} over {facts.terms:g} terms), {str(self.dtype)[6:]} on "
+            f"{self.name}: {self.layout.numel:,} parameters in "
+            f"{counted(len(self.blocks), 'block')}, {counted(facts.samples, 'sample')} in "
+            f"{counted(facts.batches, 'batch')}, {self.loss.name} ("
+            f"{self.loss.reduction} over {facts.terms:g} terms), {str(self.dtype)[6:]} on "
             f"{self.device}"
         )
 

@@ -46,8 +46,8 @@ class Monitor:
         A :class:`~curvscope.Problem` of the model that is trained: its loss, its data, its blocks.
     optimizer
         Any ``torch.optim.Optimizer``. Curvature is read from ``optimizer.curvature()``, or from the
-        state of Adam, AdamW, NAdam, RAdam, RMSprop, Adagrad, AdaBelief and Shampoo
-        (``cs.training.register_adapter`` adds others); of the rest only exact quantities.
+        state of Adam, AdamW, NAdam, RAdam, RMSprop, Adagrad, AdaBelief, EXAdam and
+        Shampoo (``cs.training.register_adapter`` adds others); of the rest only exact quantities.
     path
         Folder of the run, which :class:`~curvscope.training.Run` reads. A folder of the same
         training is continued, another one refused (``RunError``). ``None`` keeps the latest 10,000
@@ -136,6 +136,13 @@ class Monitor:
             raise OptionError(
                 f"A Monitor watches a torch optimizer, not {type(optimizer).__name__}: "
                 "cs.Monitor(problem, optimizer, path)."
+            )
+        own = {id(p) for p in problem.user_model.parameters()}
+        if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+            raise OptionError(
+                f"The {type(optimizer).__name__} trains none of the parameters of the problem's "
+                f"{type(problem.user_model).__name__}, which the Monitor would watch: make the "
+                "Problem of the very model that is trained, not of a copy."
             )
         check_option("reference", reference, REFERENCES)
         self.problem, self.optimizer, self.reference = problem, optimizer, reference

@@ -247,7 +247,13 @@ def test_blocks_complete_after_quote_and_dot() -> None:
     assert list(copy.deepcopy(blocks)) == list(pickle.loads(pickle.dumps(blocks))) == list(blocks)
 
 
-def test_completion_in_ipython() -> None:
+def test_completion_in_ipython(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    # a shell sets the prompts, by which plots see that somebody sits there
+    monkeypatch.setattr(sys, "ps1", "", raising=False)
+    monkeypatch.setattr(sys, "ps2", "", raising=False)
+    monkeypatch.setattr(sys, "ps3", "", raising=False)
     from IPython.core.completer import provisionalcompleter
     from IPython.core.interactiveshell import InteractiveShell
 

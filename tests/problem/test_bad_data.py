@@ -109,3 +109,26 @@ DATA: dict[str, Refusal] = {
 @pytest.mark.parametrize("name", DATA)
 def test_data_and_targets(name: str) -> None:
     refused(DATA[name][0], DATA[name][1], *DATA[name][2])
+
+
+class Last(nn.Module):
+    """A recurrent net in torch's default layout, time first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.out = nn.GRU(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.inner(x)[0][-1])
+
+
+@pytest.mark.parametrize("steps", [7, 5, 20, 40])
+def test_time_first_inputs(steps: int) -> None:
+    """Their first axis is not that of samples, by which everything counts and cuts."""
+    data = torch.randn(steps, 20, 3), torch.randn(20, 2)
+    with pytest.raises(errors.DataError, match=r"time first.*transpose\(0, 1\)"):
+        cs.Problem(Last(), nn.MSELoss(), data).check()
+    turned = data[0].transpose(0, 1), data[1]
+    forward = lambda model, x: model(x.transpose(0, 1))  # noqa: E731
+    problem = cs.Problem(Last(), nn.MSELoss(), turned, forward=forward)
+    assert problem.n_samples == 20 and problem.subset(5).n_samples == 5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 from typing import Any
@@ -323,3 +324,17 @@ def test_stopping(tmp_path: Path) -> None:
     frame = cs.Run(tmp_path / "r").frame("monitor")
     assert frame["event"].tolist()[:3] == ["began", "stopped", "finished"]
     assert len(cs.Run(tmp_path / "r").frame("gradient")) == 2
+
+
+def test_an_optimizer_of_another_model(tmp_path: Path) -> None:
+    model = seeded_model()
+    problem = cs.Problem(model, nn.CrossEntropyLoss(), (torch.randn(6, 4), torch.arange(6) % 3))
+    twin = copy.deepcopy(model)
+    with pytest.raises(OptionError, match="trains none of the parameters"):
+        cs.Monitor(problem, torch.optim.SGD(twin.parameters(), lr=0.1), tmp_path / "r")
+    assert not (tmp_path / "r").exists()
+
+
+def seeded_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
