@@ -137,12 +137,17 @@ class Budget:
             return math.inf
         return _INSIDE * self.share * self.training - self.total - _RESERVE
 
-    def allows(self, name: str, estimate: float, *, first: bool = False) -> bool:
-        """Whether a measurement of ``estimate`` seconds may begin; remembers those that wait."""
+    def allows(
+        self, name: str, estimate: float, *, first: bool = False, preparing: float = 0.0
+    ) -> bool:
+        """Whether a measurement of ``estimate`` seconds may begin; remembers those that wait.
+
+        ``preparing`` are the seconds that pass before it begins.
+        """
         account = self.accounts[name]
         if self.share is None or account.exempt:
             return True
-        needed = estimate * (_GUESS if first else _MARGIN)
+        needed = estimate * (_GUESS if first else _MARGIN) + preparing
         account.waiting = False
         if account.steady:
             return account.used + needed <= _STEADY * self.share * self.training
@@ -159,8 +164,9 @@ class Budget:
         return True
 
     def _part(self, account: Account) -> float:
-        steady = sum(a.used for a in self.accounts.values() if a.steady)
-        left = _INSIDE * (self.share or 0.0) * self.training - steady
+        # what no measure is booked for (preparing a visit, writing) is shared by none of them
+        booked = sum(a.used for a in self.accounts.values() if not (a.steady or a.exempt))
+        left = _INSIDE * (self.share or 0.0) * self.training - max(0.0, self.total - booked)
         return left * account.weight / (self._weights or 1.0)
 
     def open(self, names: Iterable[tuple[str, float, bool]]) -> None:

@@ -16,6 +16,7 @@ from .schedules import Schedule, Share, Timing
 
 ENOUGH = 5  # failures in succession after which a measure is given up
 _CHECK = 3.0  # gradients that the first look at the probe takes
+_PRICING = 3.0  # gradients that finding out a price takes
 _NO_TIME = Timing()
 
 Rows = Sequence[dict[str, Any]]
@@ -64,6 +65,8 @@ class Taker:
         self._planned: dict[str, float] = {}  # measures of the next step: seconds spent already
         self._previous: Moment | None = None
         self._first: dict[str, float] = {}  # estimates of measures that were never taken
+        self._preparing = 0.0  # seconds from the beginning of the last visit to its first measure
+        self._at_hand = 0.0  # seconds there were for prices when a visit began, less what they took
         self.memo: dict[str, Any] = {}
 
     def visit(self, step: int, loss: Any, batch: Any) -> None:
@@ -88,6 +91,7 @@ class Taker:
                 self._quiet_until = 0
 
     def _visit(self, step: int, loss: Any, batch: Any, probe: Problem) -> None:
+        self._at_hand, began = self.budget.allowance, self.budget.clock()
         planned, self._planned = self._planned, {}
         previous, self._previous = self._previous, None
         cheap: list[_Entry] = []
@@ -108,15 +112,18 @@ class Taker:
         if not (cheap or dear or ahead):
             return
         moment = self._make(step, loss, probe, self.memo, previous)
+        own = self.budget.clock()
         for measure, _, account, _ in cheap:
             if self._affordable(measure, account, moment):
                 self._take(measure, account, moment, 0.0)
+        began += self.budget.clock() - own
         if not (dear or ahead):
             return
         with undisturbed(moment.optimizer, self.problem.device):
             check_shapes(self.problem, self._shapes)
             if self.probe is None:
                 moment.problem = self._current(batch)
+            self._preparing = self.budget.clock() - began
             for measure, _, account, _ in sorted(dear, key=lambda e: e[2].used / e[0].weight):
                 if measure.needs_before or self._affordable(measure, account, moment):
                     self._take(measure, account, moment, planned.get(measure.name, 0.0))
@@ -188,9 +195,14 @@ class Taker:
         if least != least:
             least = self._first.get(measure.name, math.nan)
         if least == least:
-            may = budget.allows(measure.name, least, first=account.taken == 0)
-        else:  # what finding out takes
-            may = budget.allowance >= (self.memo.get("unit", budget.mean_step) if priced else 0.0)
+            # without what preparing takes, every visit would spend what the next one waits for
+            ahead = self._preparing if measure.disturbs else 0.0
+            may = budget.allows(measure.name, least, first=account.taken == 0, preparing=ahead)
+        else:  # what finding out takes, before anything is spent on it
+            unit = self.memo.get("unit")
+            wait = budget.mean_step if unit is None else _PRICING * float(unit)
+            may = budget.allowance >= (wait if priced else 0.0)
+            account.waiting = priced and not may  # for its price
         return may or self._thin(measure, account, least)
 
     def _affordable(self, measure: Measure, account: Account, moment: Moment) -> bool:
@@ -206,22 +218,28 @@ class Taker:
     def _first_estimate(self, measure: Measure, moment: Moment) -> float:
         """Seconds of a measure that was never taken, by its price in gradients over the probe.
 
-        NaN while that cannot be known: a gradient is timed once there is time for it.
+        NaN while that cannot be known: a gradient is timed once there is time for it. What counts
+        is what there was when the visit began: a visit that asks again after its own preparations
+        spends what the next one waits for, for ever.
         """
         if type(measure).price is Measure.price:
             return 0.0
         if measure.name in self._first:
             return self._first[measure.name]
         budget = self.budget
+        start = budget.clock()
         if "unit" not in self.memo:
-            if budget.allowance < budget.mean_step:
+            if self._at_hand < budget.mean_step:
                 return math.nan
             self.memo["unit"] = gradient_seconds(moment.problem, budget.clock)
+            self._at_hand -= budget.clock() - start
+            start = budget.clock()
         unit = float(self.memo["unit"])
-        if budget.allowance < 3 * unit:  # finding out the price costs about as much
+        if self._at_hand < _PRICING * unit:
             return math.nan
         checked = 0.0 if moment.problem._facts else _CHECK
         self._first[measure.name] = (measure.price(moment) + checked) * unit
+        self._at_hand -= budget.clock() - start
         return self._first[measure.name]
 
     def _thin(self, measure: Measure, account: Account, estimate: float) -> bool:

@@ -10,7 +10,7 @@ import pytest
 
 import curvscope as cs
 from curvscope.errors import OptionError
-from curvscope.training import At, Every, PowersOfTwo, Share
+from curvscope.training import At, Every, PowersOfTwo, Share, taking
 from curvscope.training.schedules import Timing, schedule
 from tests.training.loops import OPTIMIZERS, Clock, plain_net, problem_of
 from tests.training.loops import train as loops_train
@@ -131,6 +131,35 @@ def test_short_trainings_do_not_pay_for_a_first_measurement(tmp_path: Path) -> N
         for _ in range(20):
             monitor.step(0.5)
     assert monitor.budget.accounts["error"].taken == 0
+
+
+def _slept(clock: Clock, seconds: float, result: float) -> float:
+    clock.sleep(seconds)
+    return result
+
+
+class Priced(Slow):
+    """Knows its price in gradients."""
+
+    disturbs = True
+
+    def price(self, moment: Any) -> float:
+        return float(self._price or 0.0)
+
+
+@pytest.mark.parametrize("visit", [0.001, 0.02])
+def test_visits_do_not_use_up_what_a_first_measurement_waits_for(
+    visit: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(taking, "gradient_seconds", lambda *_: _slept(clock, 0.03, 0.014))
+    monkeypatch.setattr(taking, "check_shapes", lambda *_: clock.sleep(visit))
+    measures = [Priced("dear", clock, 0.5, 35.0), Priced("less", clock, 0.014, 1.0)]
+    with make(clock, measures, budget=0.05, every=10) as monitor:
+        overheads = train(clock, monitor, 10_000, seconds=0.006)
+    dear, less = monitor.budget.accounts["dear"], monitor.budget.accounts["less"]
+    assert dear.taken >= 1 and less.taken >= 5
+    assert max(overheads[2000:]) <= 0.05
 
 
 def test_assured_steps_are_outside_the_budget(tmp_path: Path) -> None:
