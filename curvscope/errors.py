@@ -123,6 +123,12 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
+def counted(count: int, noun: str) -> str:
+    """``"1 block"``, ``"1,200 blocks"``, ``"2 entries"``."""
+    many = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}{'es' * noun.endswith('ch') or 's'}"
+    return f"{count:,} {noun if count == 1 else many}"
+
+
 def check_option(argument: str, value: object, allowed: Iterable[object]) -> None:
     """Raise :class:`OptionError` unless ``value`` is one of ``allowed``."""
     choices = list(allowed)

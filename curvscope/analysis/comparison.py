@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ..display import Card, Table
-from ..errors import NotDefinedError, UnknownBlockError, check_option, nearest
+from ..errors import NotDefinedError, UnknownBlockError, check_option, counted, nearest
 from .result import Result, number
 
 if TYPE_CHECKING:
@@ -319,7 +319,7 @@ class Comparison(Result):
         size = max((row.size for row in self.rows), default=0)
         lines = [
             f"Compared with the {self.reference} ({size:,} parameters"
-            + (f", {len(self.blocks)} blocks" if self.blocks else "")
+            + (f", {counted(len(self.blocks), 'block')}" if self.blocks else "")
             + "):"
         ]
         for name in self.approximations:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..display import Table
-from ..errors import CurvscopeError, OptionError, nearest
+from ..errors import CurvscopeError, OptionError, counted, nearest
 from ..problem import Problem
 from .batches import cut
 from .methods import METHODS, Look, Method, own_methods
@@ -181,8 +181,9 @@ class Coverage(Result):
         included = [row for row in self.parameters if row.included]
         size = sum(row.size for row in included)
         lines = [
-            f"{self.problem}: {size:,} parameters in {len({r.block for r in included})} blocks; "
-            f"{len(self.methods)} methods ({self.cost})."
+            f"{self.problem}: {size:,} parameters in "
+            f"{counted(len({r.block for r in included}), 'block')}; {len(self.methods)} methods "
+            f"({self.cost})."
         ]
         groups: dict[tuple[float, tuple[str, ...]], list[str]] = {}
         for method in self.methods:

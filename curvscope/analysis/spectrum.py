@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..display import spark
-from ..errors import NotDefinedError, OptionError
+from ..errors import NotDefinedError, OptionError, counted
 from ..operators import Operator
 from .coerce import as_operator, in_float64
 from .comparison import WHOLE
@@ -194,7 +194,7 @@ class Spectrum(Result):
         signs = f"{self.negative:,} negative, {self.zero:,} zero and {self.positive:,} positive"
         return (
             f"Spectrum of the {self.of} ({self.size:,} rows"
-            + (f", {len(self.blocks)} blocks" if self.blocks else "")
+            + (f", {counted(len(self.blocks), 'block')}" if self.blocks else "")
             + f"): from {number(self.smallest)} to {number(self.largest)}, {signs} eigenvalues, "
             f"trace {number(self.trace)}, effective rank {number(self.effective_rank)}, "
             f"condition number {number(self.condition_number)}."

@@ -24,9 +24,6 @@ from .options import (
     show_page,
 )
 
-_QUICK_SAMPLES = 256
-_QUICK = {"hessian": False, "verify": False, "probes": 8}  # unless asked for
-
 
 def add(app: typer.Typer) -> None:
     """Register the command with ``app``."""
@@ -98,7 +95,7 @@ def report(
     says where; --quick leaves out the loss surface.
     """
     with reported(debug):
-        from ..report.config import OPTIONS, read_config
+        from ..report.config import OPTIONS, QUICK, read_config
 
         file = read_config(config) if config is not None else {}
         asked = {name for name in OPTIONS if _by_hand(context, name)}
@@ -107,7 +104,7 @@ def report(
             for name in OPTIONS
         }
         if values["quick"]:
-            values.update({k: v for k, v in _QUICK.items() if k not in asked and k not in file})
+            values.update({k: v for k, v in QUICK.items() if k not in asked and k not in file})
         if _of_runs(values):
             paths = _report_runs(values)
         else:
@@ -128,8 +125,6 @@ def _report_problem(values: dict[str, Any]) -> Any:
     check_output(out)
     names = ("data", "samples", "seed", "dtype", "device", "threads")
     loaded = load(problem, **{name: values[name] for name in names})
-    if values["quick"] and loaded.n_samples > _QUICK_SAMPLES:
-        loaded = loaded.subset(_QUICK_SAMPLES, values["seed"])
     return make_report(
         loaded,
         out,
@@ -138,6 +133,7 @@ def _report_problem(values: dict[str, Any]) -> Any:
         probes=values["probes"],
         damping=values["damping"],
         seed=values["seed"],
+        quick=values["quick"],
         command=_command(),
         config={k: str(v) if isinstance(v, Path) else v for k, v in values.items()},
     )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UnsupportedLayerError
+from ..errors import UnsupportedLayerError, counted
 from ..modes import plain_mode
 from ..operators import Blocks, LowRankOperator, Operator
 from ..problem import Problem, Snapshot
@@ -56,7 +56,8 @@ class WholeOperator(AutogradOperator):
         exact = "exact" if self.info.exact else "approximate"
         return (
             f"{type(self).__name__}({self.info.what}, {exact}, {self.shape[0]} x {self.shape[1]}, "
-            f"{len(self.members)} blocks by {routes}, products by autograd, {str(self.dtype)[6:]})"
+            f"{counted(len(self.members), 'block')} by {routes}, products by autograd, "
+            f"{str(self.dtype)[6:]})"
         )
 
     @property

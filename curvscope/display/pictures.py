@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..errors import counted
+
 POSITIVE = (47, 127, 208)
 NEGATIVE = (214, 107, 19)
 _MOST_ENTRIES = 1 << 20  # larger matrices have no small picture
@@ -39,7 +41,7 @@ def strip(sizes: Mapping[str, int], missing: Sequence[str] = (), *, width: int =
             f'stroke-opacity="{0.6 if fill == "none" else 0}"><title>{label}</title></rect>'
         )
         x += wide
-    text = f"{len(sizes)} blocks side by side, as wide as they are large"
+    text = f"{counted(len(sizes), 'block')} side by side, as wide as they are large"
     return _svg(width, 14, "".join(parts), text)
 
 

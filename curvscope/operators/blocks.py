@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from ..display import Card, Shown, Table
-from ..errors import UnknownBlockError, nearest
+from ..errors import UnknownBlockError, counted, nearest
 from .base import Operator
 
 
@@ -41,7 +41,7 @@ class BlockMapping(Shown, Mapping[str, Operator]):
             }
             for name in self
         ]
-        return Card(title=f"{len(rows)} blocks", tables=[Table(rows, where="list(blocks)")])
+        return Card(title=counted(len(rows), "block"), tables=[Table(rows, where="list(blocks)")])
 
 
 class Blocks(BlockMapping):

@@ -42,7 +42,8 @@ def as_float(name: str, tensor: Tensor, ndim: int | tuple[int, ...]) -> Tensor:
     if tensor.numel() and not all(math.isfinite(float(x)) for x in torch.aminmax(tensor)):
         count = int((~torch.isfinite(tensor)).sum())
         raise NonFiniteError(
-            f"{name} has {count} NaN or infinite entries of {tensor.numel()}; "
+            f"{name} has {count} NaN or infinite {'entry' if count == 1 else 'entries'} "
+            f"of {tensor.numel()}; "
             "look for the first layer whose output is not finite."
         )
     return tensor

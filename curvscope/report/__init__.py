@@ -72,11 +72,12 @@ def make_report(
     problem: Problem,
     out: str | os.PathLike[str],
     *,
-    hessian: bool = True,
-    verification: bool = True,
-    probes: int = 16,
+    hessian: bool | None = None,
+    verification: bool | None = None,
+    probes: int | None = None,
     damping: float | None = None,
     seed: int = 0,
+    quick: bool = False,
     command: str = "",
     config: Mapping[str, Any] | None = None,
 ) -> ReportPaths:
@@ -95,16 +96,20 @@ def make_report(
         The folder. It may exist if it is empty or an earlier report and nothing else.
     hessian
         Whether to compute the Hessian beside the GGN: by far the larger part of the time for
-        networks that are not piecewise linear.
+        networks that are not piecewise linear. Default: it is, unless ``quick``.
     verification
-        Whether to run :func:`curvscope.verify`.
+        Whether to run :func:`curvscope.verify`. Default: unless ``quick``.
     probes
-        Of the Hutchinson diagonals; at least two, since one has no standard error.
+        Of the Hutchinson diagonals; at least two, since one has no standard error. Default: 16, or
+        8 with ``quick``.
     damping
         Added to both matrices in metrics of steps and determinants. Default: the mean eigenvalue of
         the GGN, to two digits.
     seed
         Of everything random.
+    quick
+        At most 256 samples (drawn with ``seed``) and, unless asked for above, no Hessian, no
+        verification and 8 probes, as ``curvscope report --quick`` does.
     command
         How the report was asked for, repeated in it.
     config
@@ -127,12 +132,19 @@ def make_report(
     """
     if not isinstance(problem, Problem):
         raise OptionError(f"A Problem is needed, not {type(problem).__name__}.")
+    if not isinstance(quick, bool):
+        raise OptionError(f"quick={quick!r} must be True or False.")
+    from .config import QUICK, QUICK_SAMPLES, check_keys
+
+    usual = QUICK if quick else {"hessian": True, "verify": True, "probes": 16}
+    hessian = bool(usual["hessian"] if hessian is None else hessian)
+    verification = bool(usual["verify"] if verification is None else verification)
+    probes = usual["probes"] if probes is None else probes
     if isinstance(probes, bool) or not isinstance(probes, int) or probes < 2:
         raise OptionError(f"probes={probes!r} must be an integer of at least 2.")
     if damping is not None and not (0 <= damping < float("inf")):
         raise OptionError(f"damping={damping!r} must be a finite number of at least 0.")
     from .collect import collect
-    from .config import check_keys
     from .findings import Settings
 
     settings = Settings(hessian, verification, probes, damping, seed)
@@ -143,8 +155,11 @@ def make_report(
             "verify": verification,
             "probes": probes,
             "damping": damping,
+            "quick": quick or None,
         }
     check_keys(config, "config=")
+    if quick and problem.n_samples > QUICK_SAMPLES:
+        problem = problem.subset(QUICK_SAMPLES, seed)
     with atomic_folder(out) as (draft, target):
         _write(collect(problem, settings), draft, command, config)
     return ReportPaths.of(target)

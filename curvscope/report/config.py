@@ -42,6 +42,11 @@ OPTIONS: dict[str, Option] = {
 }
 """Every key that the file may have; the same names as the options of ``curvscope report``."""
 
+QUICK = {"hessian": False, "verify": False, "probes": 8}
+"""What ``quick`` stands for, unless asked for otherwise."""
+QUICK_SAMPLES = 256
+"""Samples that ``quick`` takes at most."""
+
 _NAMES = {
     str: "a string in quotes",
     int: "a whole number",

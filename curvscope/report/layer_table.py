@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from ..analysis.result import listing
 from .cells import Cell, Column, Table, finite, number, shade
 from .findings import Findings
 from .numbers import NOTHING, percent, shown
-from .summary import best
+from .summary import best, exact_on
 
 
 def layer_records(found: Findings) -> list[dict[str, Any]]:
@@ -109,7 +110,7 @@ def layer_table(found: Findings) -> Table:
                     sort=finite(record["diagonal_share"]),
                 ),
                 Cell(
-                    f"{record['best_approximation'] or NOTHING} {shown(record['best_error'], 2)}",
+                    _closest(found, record),
                     small=f"nearest Kronecker {shown(record['nearest_kronecker_error'], 2)}",
                     sort=finite(record["best_error"]),
                     shade=shade(record["best_error"]),
@@ -117,6 +118,12 @@ def layer_table(found: Findings) -> Table:
             ]
         )
     return Table("Every layer: its exact curvature and what comes closest to it.", columns, rows)
+
+
+def _closest(found: Findings, record: dict[str, Any]) -> str:
+    if same := exact_on(found, record["layer"]):
+        return f"exact up to rounding: {listing(list(same), 3)}"
+    return f"{record['best_approximation'] or NOTHING} {shown(record['best_error'], 2)}"
 
 
 def anchor(found: Findings, block: str) -> str:

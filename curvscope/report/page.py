@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..analysis.comparison import WHOLE
+from ..analysis.result import listing
+from ..errors import counted
 from .cells import Table
 from .error_tables import error_table, metric_table
 from .figures import Picture
@@ -14,7 +16,7 @@ from .findings import Findings
 from .layer_table import anchor, layer_table
 from .numbers import percent, seconds, shown
 from .skeleton import Choice, Link, render_page
-from .summary import best, summary, warnings
+from .summary import best, exact_on, summary, warnings
 from .svg import share_styles
 from .tables import (
     approximation_table,
@@ -112,7 +114,7 @@ def _facts(found: Findings, document: dict[str, Any]) -> list[tuple[str, str]]:
     """The problem in a few pairs of words and numbers."""
     problem = document["problem"]
     pairs = [
-        ("parameters", f"{problem['parameters']:,} in {len(problem['blocks'])} blocks"),
+        ("parameters", f"{problem['parameters']:,} in {counted(len(problem['blocks']), 'block')}"),
         ("data", f"{problem['samples']:,} samples{_batches(problem['batches'])}"),
         ("loss", f"{problem['loss']}, {problem['reduction']} over {problem['terms']:,.6g} terms"),
         ("objective", shown(found.objective)),
@@ -149,7 +151,10 @@ def _layer_sentence(found: Findings, block: str) -> str:
     """What is closest on this layer, and how its curvature looks."""
     texts = []
     one = best(found, block)
-    if one is not None:
+    if same := exact_on(found, block):
+        verb = "equals" if len(same) == 1 else "equal"
+        texts.append(f"{listing(list(same), 12)} {verb} the exact GGN block up to rounding.")
+    elif one is not None:
         texts.append(one.row.sentence())
     spectra = found.spectra.get(block, {})
     if "GGN" in spectra:

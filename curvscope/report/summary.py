@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from ..analysis.comparison import WHOLE, Comparison, Row
-from ..analysis.remarks import AS_ZERO
+from ..analysis.remarks import AS_ZERO, OTHER_MATRIX
 from ..analysis.result import listing
 from .approximations import BEST, EXACT
 from .findings import Findings
@@ -36,13 +36,23 @@ def candidates(found: Findings) -> list[str]:
 
 def best(found: Findings, block: str) -> Best | None:
     """The closest approximation of a block by relative error; ``None`` if none has one."""
+    rows = _rows(found, block)
+    return Best(block, min(rows, key=lambda row: row.error)) if rows else None
+
+
+def exact_on(found: Findings, block: str) -> tuple[str, ...]:
+    """Approximations that equal a block up to rounding, which alone would rank them."""
+    return tuple(row.approximation for row in _rows(found, block) if row.equal)
+
+
+def _rows(found: Findings, block: str) -> list[Row]:
+    """The rows of a block that have an error, of what somebody may use."""
     names = set(candidates(found))
-    rows = [
+    return [
         row
         for row in found.layer_comparison().rows
         if row.block == block and row.approximation in names and math.isfinite(row.error)
     ]
-    return Best(block, min(rows, key=lambda row: row.error)) if rows else None
 
 
 def summary(found: Findings) -> list[str]:
@@ -65,9 +75,10 @@ def warnings(found: Findings) -> list[str]:
     """What a reader must know before trusting a number."""
     texts = [*_distrust(found), *_negative(found), *_uncovered(found), *_noise(found)]
     texts += _scale(found)
-    # what is not covered is said above, with its share of the energy
+    # what is not covered is said above, with its share of the energy; what is of the GGN, in tables
+    said = (AS_ZERO, OTHER_MATRIX)
     texts += [
-        text for result in _results(found) for text in result.warnings if not text.endswith(AS_ZERO)
+        text for result in _results(found) for text in result.warnings if not text.endswith(said)
     ]
     texts += [
         f"{entry.name} is not available here. {entry.reason}"
@@ -98,14 +109,24 @@ def _objective(found: Findings) -> str:
 def _closest(found: Findings) -> str:
     """Which approximation is closest, layer by layer."""
     winners: dict[str, list[Best]] = {}
+    equal: dict[tuple[str, ...], list[str]] = {}
     for block in found.layer_comparison().blocks:
         one = best(found, block)
-        if one is not None:
+        if one is None:
+            continue
+        if same := exact_on(found, block):
+            equal.setdefault(same, []).append(block)
+        else:
             winners.setdefault(one.row.approximation, []).append(one)
+    total = sum(map(len, equal.values())) + sum(map(len, winners.values()))
+    rounded = [
+        f"{listing(list(names), 12)} on {'every layer' if len(own) == total else listing(own)}"
+        for names, own in equal.items()
+    ]
+    exact = f"Exact up to rounding: {listing(rounded, 6)}." if rounded else ""
     if not winners:
-        return ""
+        return exact
     ranked = sorted(winners.items(), key=lambda item: -len(item[1]))
-    total = sum(len(wins) for _, wins in ranked)
     parts = []
     for name, wins in ranked:
         errors = [win.row.error for win in wins]
@@ -116,7 +137,8 @@ def _closest(found: Findings) -> str:
             else f"errors {shown(min(errors), 2)} to {shown(max(errors), 2)}"
         )
         parts.append(f"{name} on {where} ({spread})")
-    return f"Closest to the exact GGN block: {listing(parts, 6)}."
+    text = f"Closest to the exact GGN block: {listing(parts, 6)}."
+    return f"{exact} Otherwise closest: {listing(parts, 6)}." if exact else text
 
 
 def _kronecker_price(found: Findings) -> str:
@@ -135,7 +157,7 @@ def _kronecker_price(found: Findings) -> str:
         f"{shown(worst.best_in_class, 2)})"
     )
     if good is not worst:
-        text += f", and {shown(good.excess, 2)} times on {good.block}"
+        text += f", and only {shown(good.excess, 2)} times on {good.block}, where it is nearest"
     return text + "."
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ..errors import counted
 from .approximations import Approximation
 from .cells import Cell, Column, Table, finite, number
 from .findings import Findings
@@ -26,7 +27,7 @@ def approximation_table(found: Findings) -> Table:
             here = Cell("not available", small=entry.reason)
         elif entry.uncovered:
             missing = "; ".join(f"{name}: {why}" for name, why in entry.uncovered.items())
-            here = Cell(f"without {len(entry.uncovered)} blocks", small=missing)
+            here = Cell(f"without {counted(len(entry.uncovered), 'block')}", small=missing)
         else:
             same = f"the same as {entry.same_as}" if entry.same_as else ""
             here = Cell("all layers", small=same)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ...curvature.exact import ggn, hessian
+from ...errors import counted
 from ...problem import Problem, flat_gradient
 from .. import truth
 from ..batches import cut
@@ -53,8 +54,8 @@ def objective(case: Case) -> Outcome:
     worst = max(details.values())
     sentence = (
         f"The loss itself on all {problem.n_samples} samples as one batch gives "
-        f"{number(float(value), 8)}, the objective over {problem.check().batches} batches "
-        f"{number(mine, 8)}"
+        f"{number(float(value), 8)}, the objective over "
+        f"{counted(problem.check().batches, 'batch')} {number(mine, 8)}"
     )
     sentence += (
         "; value and gradient agree."
