@@ -121,3 +121,29 @@ def test_the_monitor_takes_it_along() -> None:
     assert Fresh().names[-1] == "squares" and Fresh(["squares"]).names == ("squares",)
     with pytest.raises(OptionError, match="'squares'"):
         Fresh(["square"])
+
+
+def test_forgetting_what_is_not_registered_names_the_nearest() -> None:
+    cs.register_approximation("squares")(squares)
+    with pytest.raises(OptionError, match=r"'sqares'.*'squares'\?"):
+        cs.forget_approximation("sqares")
+    cs.forget_approximation("squares")
+    with pytest.raises(OptionError, match="Registered are: none"):
+        cs.forget_approximation("squares")
+
+
+def test_an_error_in_an_approximation_is_placed_in_its_file() -> None:
+    @cs.register_approximation("broken")
+    def broken(problem: cs.Problem) -> Operator:
+        return problem.no_such_thing  # type: ignore[attr-defined,no-any-return]
+
+    try:
+        found = cs.verify(problem(), samples=4)
+    finally:
+        cs.forget_approximation("broken")
+    check = found.check("your approximation broken")
+    line = broken.__code__.co_firstlineno + 2
+    assert "AttributeError" in check.sentence
+    assert f"test_registered.py, line {line}, in broken)" in check.sentence
+    assert "differentiated" not in check.advice
+    assert "1 failed (of other tools or approximations)" in str(found) or "of them of" in str(found)

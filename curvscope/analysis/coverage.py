@@ -216,6 +216,20 @@ class Coverage(Result):
 _ADVICE = re.compile(r"(?P<link>\. U|, or u)se (?P<call>cs\.[^;]+)\.$")
 
 
+_ADVISED = {"cs.kfac(": "K-FAC", "cs.kflr(": "KFLR", "cs.kfra(": "KFRA"}
+
+
+def _advised(reason: str, shares: Mapping[str, float]) -> str:
+    """A reason without advice to use what does not cover the model either."""
+    match = _ADVICE.search(reason)
+    if match is None:
+        return reason
+    named = [name for call, name in _ADVISED.items() if match["call"].startswith(call)]
+    if all(shares[name] == 1 for name in named):
+        return reason
+    return f"{reason[: match.start()]}."
+
+
 def refusals(reasons: Mapping[str, str]) -> list[str]:
     """A sentence per reason why methods refuse a problem, methods with the same one together."""
     groups: dict[str, list[str]] = {}
@@ -286,6 +300,7 @@ def coverage(problem: Problem) -> Coverage:
         name: sum(r.size for r in rows if cells[r.name, name].status == COVERED) / size
         for name in methods
     }
+    refusals = {name: _advised(reason, shares) for name, reason in refusals.items()}
     dead = [row.name for row in rows if row.state == WITHOUT_INFLUENCE]
     warnings = (
         (

@@ -51,7 +51,7 @@ class Look:
             uses = graph_uses(recording.outputs, problem.params.values())
             found = {name: uses[id(p)] for name, p in problem.params.items()}
             convex = _convex(problem, recording)
-            chained = _why(lambda: chain(recording))
+            chained = _why(lambda: chain(recording, problem.params))
         return cls(
             problem,
             hessian(problem),

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from ..errors import (
     BackpackError,
@@ -109,9 +113,12 @@ class Verification(Result):
         verdict = (
             "the problem can be trusted" if self.trusted else "the problem must not be trusted yet"
         )
+        others = sum(c.about == OTHERS for c in self.failed)
+        of_them = "" if others == count[FAILED] else f"{others} of them "
+        of_others = f" ({of_them}of other tools or approximations)" if others else ""
         lines = [
             f"{self.problem}: {verdict}. Of {len(self.checks)} checks {count[PASSED]} passed, "
-            f"{count[FAILED]} failed, {count[SKIPPED]} undecided, "
+            f"{count[FAILED]} failed{of_others}, {count[SKIPPED]} undecided, "
             f"{len(self.checks) - sum(count.values())} not applicable (on {self.samples} samples "
             f"in {self.dtype}, {self.cost})."
         ]
@@ -218,11 +225,9 @@ def run(entry: Entry, case: Case) -> Check:
         outcome = Outcome(NOT_APPLICABLE, str(error))
     except Exception as error:  # a check that cannot run has found something out
         text = str(error).strip().splitlines() or ["without a message"]
-        advice = (
-            "If the message names an operation of the model, that operation cannot be "
-            "differentiated (twice)."
-        )
-        outcome = Outcome(FAILED, f"It raised {type(error).__name__}: {text[0]}", advice=advice)
+        advice = "" if isinstance(error, _PLAIN) else _TWICE
+        sentence = f"It raised {type(error).__name__}: {text[0]}{_place(error)}"
+        outcome = Outcome(FAILED, sentence, advice=advice)
     return Check(
         name=entry.name,
         about=entry.about,
@@ -236,6 +241,23 @@ def run(entry: Entry, case: Case) -> Check:
         underlies=entry.underlies,
         seconds=time.perf_counter() - start,
     )
+
+
+_PLAIN = (ArithmeticError, AttributeError, ImportError, LookupError, NameError, TypeError)
+_TWICE = (
+    "If the message names an operation of the model, that operation cannot be differentiated "
+    "(twice)."
+)
+
+
+def _place(error: Exception) -> str:
+    """Where the user's code raised: the last line outside of this package and of torch."""
+    frames = traceback.extract_tb(error.__traceback__)
+    inside = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
+    own = [frame for frame in frames if not frame.filename.startswith(inside)]
+    if not own:
+        return ""
+    return f" ({own[-1].filename}, line {own[-1].lineno}, in {own[-1].name})"
 
 
 def _trust(checks: tuple[Check, ...]) -> tuple[dict[str, str], dict[str, str]]:

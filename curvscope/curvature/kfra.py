@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -68,7 +69,7 @@ def kfra(problem: Problem, *, uncovered: str = "raise") -> BlockDiagonalOperator
     with problem.session(at):
         inputs, targets = next(problem.batches())
         recording = record_batch(problem, inputs, targets)
-        order = chain(recording)
+        order = chain(recording, problem.params)
         layers = [id(recording.calls[k].weight) for k in order]
     # weight and bias may be blocks of their own, which share the layer's output factor
     positions: dict[int, list[str]] = {}
@@ -85,7 +86,7 @@ def kfra(problem: Problem, *, uncovered: str = "raise") -> BlockDiagonalOperator
             label = f"KFRA level {level}"
             for inputs, targets in track(problem.batches(), label, total=facts.batches):
                 recording = record_batch(problem, inputs, targets)
-                found = chain(recording)
+                found = chain(recording, problem.params)
                 if found != order or [id(recording.calls[k].weight) for k in found] != layers:
                     raise UnsupportedLayerError(
                         "KFRA needs the same chain of layers for every batch, but the model takes "
@@ -190,15 +191,26 @@ def _output_factor(
     return result
 
 
-def chain(recording: Recording) -> list[int]:
-    """The calls from input to output, each of which cuts the graph; refuses anything else."""
+def chain(recording: Recording, params: Mapping[str, Tensor]) -> list[int]:
+    """The calls from input to output, each of which cuts the graph; refuses anything else.
+
+    ``params`` are the parameters by name, from which layers are named.
+    """
+    layers = {id(p): name.rpartition(".")[0] or "(root)" for name, p in params.items()}
+
+    def layer(k: int) -> str:
+        call = recording.calls[k]
+        known = [layers[id(p)] for p in (call.weight, call.bias) if id(p) in layers]
+        return f"layer {known[0]!r}" if known else f"layer {k + 1} ({call.kind.name})"
+
     calls = [k for k, c in enumerate(recording.calls) if c.kind.kronecker]
     seen: dict[int, int] = {}
     for k in calls:
         weight = recording.calls[k].weight
         if weight is not None and id(weight) in seen:
             raise UnsupportedLayerError(
-                "KFRA is not defined for a layer that is used twice; use cs.kflr or cs.kfac."
+                f"KFRA is not defined for a layer that is used twice, as {layer(k)} is; use "
+                "cs.kflr or cs.kfac."
             )
         seen[id(weight)] = k
         if recording.axes[k] is None:
@@ -216,8 +228,8 @@ def chain(recording: Recording) -> list[int]:
             # a node behind the later layer may depend on z only through that layer
             if any(f in inside or f is z.grad_fn for f, _ in node.next_functions):
                 raise UnsupportedLayerError(
-                    f"KFRA is defined for chains of layers only, but the output of layer "
-                    f"{first + 1} also reaches the loss around layer {second + 1} (a residual "
+                    f"KFRA is defined for chains of layers only, but the output of {layer(first)} "
+                    f"also reaches the loss around {layer(second)} (a residual "
                     "connection, attention or a branch); use cs.kflr or cs.kfac."
                 )
             if node not in after:

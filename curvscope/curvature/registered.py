@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..errors import OptionError
+from ..errors import OptionError, nearest
 from ..operators import Operator
 from ..problem import Problem
 
@@ -55,7 +55,8 @@ def register_approximation(name: str, *, about: str = "") -> Callable[[Make], Ma
     the problem at hand (symmetry, products, one result for any way to cut the data into batches,
     scale), and the monitor's measure ``"fresh"`` takes it along. ``about`` is the sentence that
     stands beside it in reports; by default the first one of the function's docstring. The function
-    itself is returned as it is, and registering a name again replaces what it stood for.
+    itself is returned as it is. Registering a name again replaces what it stood for, in its old
+    place.
 
     Raises ``OptionError`` for an empty name, the name of an approximation of curvscope's own, and
     what cannot be called.
@@ -96,13 +97,24 @@ def register_approximation(name: str, *, about: str = "") -> Callable[[Make], Ma
 
 
 def forget_approximation(name: str) -> None:
-    """Undo :func:`register_approximation`; an unknown name is none to begin with.
+    """Undo :func:`register_approximation`.
 
-    Cost: none. Raises nothing. Source: none.
+    Cost: none. Raises ``OptionError``, with the nearest names, for a name that is not registered.
+    Source: none.
 
     Examples
     --------
     >>> import curvscope as cs
-    >>> cs.forget_approximation("never registered")
+    >>> from curvscope.operators import DiagonalOperator
+    >>> @cs.register_approximation("gradient squared")
+    ... def squared(problem):
+    ...     return DiagonalOperator(problem.gradient().square(), layout=problem.layout)
+    >>> cs.forget_approximation("gradient squared")
     """
-    REGISTERED.pop(name, None)
+    if name not in REGISTERED:
+        names = ", ".join(map(repr, REGISTERED)) or "none"
+        raise OptionError(
+            f"No approximation {name!r} is registered.{nearest(str(name), REGISTERED)} Registered "
+            f"are: {names}."
+        )
+    del REGISTERED[name]

@@ -104,7 +104,9 @@ def test_backpack_columns(covered, name: str) -> None:
         if method.startswith("BackPACK "):
             supported, reason = backpack.supported(at, method.removeprefix("BackPACK "))
             assert found.shares[method] == float(supported), method
-            assert found.not_available.get(method, "") == reason
+            said = found.not_available.get(method, "")
+            # without the advice to use what does not cover the model either
+            assert said == reason or (said and reason.startswith(f"{said[:-1]}. Use cs.k")), method
 
 
 def test_transformer(covered) -> None:
@@ -297,3 +299,33 @@ def test_unknown_names(covered) -> None:
         covered("mlp").cell("0.weight", "EKFACC")
     with pytest.raises(OptionError, match="Problem"):
         cs.coverage(nn.Linear(2, 2))  # type: ignore[arg-type]
+
+
+def test_no_advice_to_use_what_does_not_cover_a_layer_either() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)
+    )
+    data = torch.randn(6, 1, 6, 6), torch.randint(0, 3, (6,))
+    found = cs.coverage(cs.Problem(net, nn.CrossEntropyLoss(), data))
+    assert found.shares["KFRA"] < 1
+    for method in ("KFRA", "KFLR", "KFAC"):
+        assert "se cs." not in found.not_available[f"BackPACK {method}"]
+    assert "cs.ggn(problem).diagonal()" in found.not_available["BackPACK DiagGGNExact"]
+    assert not any(f"cs.{name}(" in str(found) for name in ("kfra", "kflr", "kfac"))
+
+
+def test_the_refusal_of_kfra_names_layers() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+            self.last = nn.Linear(3, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.first(x)
+            return self.last(y + self.second(y))
+
+    data = torch.randn(6, 3), torch.randint(0, 2, (6,))
+    found = cs.coverage(cs.Problem(Residual(), nn.CrossEntropyLoss(), data))
+    reason = found.not_available["KFRA"]
+    assert "the output of layer 'first' also reaches the loss around layer 'second'" in reason
