@@ -134,3 +134,8 @@ def plot(result: Any, *, kind: str | None = None, **options: Any) -> Any:
     chosen = next(iter(kinds)) if kind is None else kind
     check_option("kind", chosen, kinds)
     return kinds[chosen](result, **options)
+
+
+def __dir__() -> list[str]:
+    """What is offered after ``cs.plot.``: the pictures alone."""
+    return sorted(__all__)

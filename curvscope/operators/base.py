@@ -20,6 +20,7 @@ from ..errors import (
     ParameterMismatchError,
     ShapeError,
     UncoveredError,
+    counted,
     nearest,
 )
 from ..modes import plain_mode
@@ -368,10 +369,12 @@ class Operator(Shown, ABC):
         return operator_card(self)
 
     def __repr__(self) -> str:
-        exact = "exact" if self.info.exact else "approximate"
+        exact = ", exact" if self.info.exact else ", approximate"
+        if self.info == Provenance():  # nothing was said of it
+            exact = ""
         route = f", route {self.info.route!r}" if self.info.route != "given" else ""
-        blocks = f", {len(self.blocks)} blocks" if self.blocks else ""
+        blocks = f", {counted(len(self.blocks), 'block')}" if self.blocks else ""
         return (
-            f"{type(self).__name__}({self.info.what}, {exact}, "
+            f"{type(self).__name__}({self.info.what}{exact}, "
             f"{self.shape[0]} x {self.shape[1]}{blocks}{route}, {str(self.dtype)[6:]})"
         )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ..display import Card, Table, spark, strip, thumbnail
+from .parameters import Provenance
 
 if TYPE_CHECKING:
     from .base import Operator
@@ -41,7 +42,8 @@ def operator_card(op: Operator) -> Card:
         }
         for name, size in sizes.items()
     ]
-    marks = ["exact" if info.exact else "approximate"]
+    said = info != Provenance()
+    marks = ["exact" if info.exact else "approximate"] if said else []
     if op.positive_semidefinite:
         marks.append("positive semidefinite")
     notes = list(info.notes)

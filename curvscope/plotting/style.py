@@ -154,10 +154,21 @@ def _interactive() -> bool:
 
 
 def colours(names: Sequence[str], *, exact: int = 1) -> dict[str, str]:
-    """A colour per name: ink for the first ``exact`` ones, then the palette in turn."""
+    """A colour per name: ink for the first ``exact`` ones, then the palette, darker and lighter."""
     rest = names[exact:]
     found = dict.fromkeys(names[:exact], INK)
-    return found | {name: PALETTE[k % len(PALETTE)] for k, name in enumerate(rest)}
+    return found | {name: _shade(k) for k, name in enumerate(rest)}
+
+
+_SHADES = ((INK, 0.0), (INK, 0.5), (PAPER, 0.55))  # what is mixed into the palette, round by round
+
+
+def _shade(place: int) -> str:
+    """The colour at a place of the palette; later rounds are darker, then lighter."""
+    colour = PALETTE[place % len(PALETTE)]
+    other, share = _SHADES[place // len(PALETTE) % len(_SHADES)]
+    pairs = [(int(colour[k : k + 2], 16), int(other[k : k + 2], 16)) for k in (1, 3, 5)]
+    return "#" + "".join(f"{round((1 - share) * own + share * mixed):02x}" for own, mixed in pairs)
 
 
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")

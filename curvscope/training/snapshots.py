@@ -49,7 +49,7 @@ class Snapshots:
     budgeted: bool = True
 
     def __post_init__(self) -> None:
-        check_option("kind", self.kind, KINDS)
+        check_option("snapshots (kind)", self.kind, KINDS)
         for name in ("stride", "size"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
