@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -92,9 +93,10 @@ def _nngeometry(case: cases.Case, vector: Tensor, runs: Runs) -> None:
     (x, y) = case.batches[0]
     if y.dim() != 1 or y.is_floating_point():
         return  # it knows the Fisher matrix of one label per sample only, which is then the GGN
-    layers = LayerCollection.from_model(case.model)
+    model = copy.deepcopy(case.model)  # where it fails it leaves its hooks behind
+    layers = LayerCollection.from_model(model)
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), len(x))
-    matrix = FIM(case.model, loader, PMatImplicit, device=str(x.device), layer_collection=layers)
+    matrix = FIM(model, loader, PMatImplicit, device=str(x.device), layer_collection=layers)
     v = PVector(layer_collection=layers, vector_repr=vector)
     runs["GGN, nngeometry"] = lambda: matrix.mv(v).to_torch()
 

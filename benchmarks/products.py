@@ -28,6 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import curvscope as cs
 
 COLUMNS, BATCHES = 8, 20
+FEWER = {"resnet20": 4}  # batches of the block, where twenty would take half an hour
 NOTE = """*gradients*: medians of interleaved rounds over one gradient of the same batch and round,
 all with the same attention kernel. *by hand*: over a double backward written by hand, with a fresh
 or a retained graph; *fastest peer*: over the fastest other library for this matrix. *MiB*: what a
@@ -138,7 +139,8 @@ def _fastest_peer(times: dict[str, list[float]], matrix: str, fresh: bool) -> st
 
 def block(name: str, rounds: int, sync: Callable[[], None], device: str) -> list[list[str]]:
     """A block of vectors over a data set, per vector and batch."""
-    case = to(cases.make(name, BATCHES), device)
+    batches = FEWER.get(name, BATCHES)
+    case = to(cases.make(name, batches), device)
     problem = cs.Problem(case.model, case.loss, case.batches)
     V = torch.randn(case.size, COLUMNS, generator=torch.Generator().manual_seed(2))
     V = V.to(case.parameters[0])
@@ -150,7 +152,7 @@ def block(name: str, rounds: int, sync: Callable[[], None], device: str) -> list
     runs: dict[str, Any] = {"one gradient": gradient}
     for title, make in (("Hessian", cs.hessian), ("GGN", cs.ggn)):
         operator = make(problem, memory=2**28)  # the graphs of all batches do not fit
-        runs[f"{title}, curvscope, {COLUMNS} vectors, {BATCHES} batches"] = lambda o=operator: o @ V
+        runs[f"{title}, curvscope, {COLUMNS} vectors, {batches} batches"] = lambda o=operator: o @ V
     times, _ = rounds_of(runs, rounds, sync)
     return [
         [
