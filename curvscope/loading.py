@@ -65,6 +65,12 @@ def _known(name: str) -> None:
     """Raise ``UnknownProblemError`` for a name that is not in the zoo."""
     if name in zoo.names():
         return
+    if "/" in name or "\\" in name:
+        there = "holds no runs" if Path(name).is_dir() else "does not exist"
+        raise UnknownProblemError(
+            f"The folder {name!r} {there}: a report takes one that curvscope train or a Monitor "
+            f"has written. {_FORM}"
+        )
     hint = nearest(name, zoo.names())
     if "." in name and not hint:
         hint = f" For a function of your own write {name.replace('.', ':', 1)!r} with a colon."

@@ -174,11 +174,12 @@ class Operator(Shown, ABC):
         Raises ``MemoryLimitError`` before allocating what would not fit.
         """
         rows = self.shape[0]
+        blocks = "op.blocks[...], " if len(self.blocks) else ""  # a block has none
         memory.require(
             2 * rows * rows * self.dtype.itemsize,
             f"The dense {self.info.what} of shape {self.shape}",
-            "Work matrix-free instead: op @ v, op.diagonal(), op.blocks[...], cs.compare, "
-            "or take fewer parameters with Problem(..., params=...).",
+            f"Work matrix-free instead: op @ v, op.diagonal(), {blocks}cs.density, cs.eigsh, "
+            "cs.compare, or take fewer parameters with Problem(..., params=...).",
             device=self.device,
         )
         with plain_mode(self.device.type):

@@ -217,9 +217,13 @@ def read_header(path: Path) -> dict[str, Any]:
     try:
         header = json.loads((path / HEADER).read_text(encoding="utf-8"))
     except FileNotFoundError:
+        below = sorted(p.parent for p in path.glob(f"*/{HEADER}"))
+        hint = f" Runs are below it: cs.Run({str(below[0])!r})" if below else ""
+        if len(below) > 1:
+            hint += f" and {len(below) - 1} more"
         raise RunError(
             f"{path} is no run: it has no {HEADER}. A run is the folder that "
-            "cs.Monitor(..., path=...) writes."
+            f"cs.Monitor(..., path=...) writes.{hint + '.' if hint else ''}"
         ) from None
     except (OSError, ValueError) as error:
         raise RunError(
