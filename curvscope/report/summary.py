@@ -15,6 +15,7 @@ from .numbers import percent, shown, with_error
 _NOISY = 0.1  # relative standard error of the Hutchinson diagonal worth a warning
 _NEGATIVE = 1e-3  # of the largest eigenvalue
 _SIGMAS = 3.0
+_MODE = "although the model is in train mode."
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,10 @@ def warnings(found: Findings) -> list[str]:
         for entry in found.approximations
         if entry.op is None
     ]
-    return list(dict.fromkeys([*texts, *found.skipped]))
+    texts = [*texts, *found.skipped]
+    modes = [text for text in texts if text.endswith(_MODE)]
+    once = [text for text in texts if text not in modes[1:]]  # said of every matrix, read once
+    return list(dict.fromkeys(once))
 
 
 def _results(found: Findings) -> list:
