@@ -110,6 +110,7 @@ class SpectralSamples:
 
     def __init__(self, facts: Facts) -> None:
         self.facts = facts
+        self.slack = torch.zeros(0, dtype=torch.float64)  # how much larger the outer ones may be
         self.outer, basis = self._outer()
         self.rest = facts.size - len(self.outer)
         self.found = self.short = Quadrature(torch.zeros(1, 0), torch.zeros(1, 0))
@@ -148,6 +149,7 @@ class SpectralSamples:
             return none, torch.zeros(facts.size, 0, dtype=torch.float64)
         values, vectors, residuals = facts.leading(count)
         good = residuals <= _GOOD * values.abs()
+        self.slack = _short_of(values, residuals)[good].cpu() * values[good].cpu().sign()
         return values[good].cpu(), vectors[:, good]
 
     def _beside(self, basis: Tensor) -> FunctionOperator:
@@ -189,15 +191,22 @@ class SpectralSamples:
         return last + outer, change
 
     def eigenvalues(
-        self, without: int | None = None, *, only: int | None = None, smooth: bool = True
+        self,
+        without: int | None = None,
+        *,
+        only: int | None = None,
+        smooth: bool = True,
+        moved: bool = False,
     ) -> Tensor:
         """All ``P``, ascending, from all probes, all but one or one.
 
         ``smooth`` interpolates between the nodes of the quadratures, which stand for all that lies
-        around them; otherwise every node is a multiple eigenvalue.
+        around them; otherwise every node is a multiple eigenvalue. ``moved``: the outer ones where
+        their residuals would allow them to be.
         """
+        outer = self.outer + self.slack if moved else self.outer
         if not self.rest:
-            return self.outer.sort().values
+            return outer.sort().values
         keep = [i for i in range(len(self.found.nodes)) if i != without and only in (None, i)]
         nodes, order = self.found.nodes[keep].flatten().sort()
         weights = self.found.weights[keep].flatten()[order] / len(keep)
@@ -208,7 +217,17 @@ class SpectralSamples:
             rest = interpolated(ranks, ends - weights / 2, nodes)
         else:
             rest = nodes[torch.searchsorted(ends, ranks).clamp(max=len(nodes) - 1)]
-        return torch.cat([rest, self.outer]).sort().values
+        return torch.cat([rest, outer]).sort().values
+
+
+def _short_of(values: Tensor, residuals: Tensor) -> Tensor:
+    """By how much Rayleigh quotients fall short: the residual, or its square over the gap."""
+    if len(values) < 2:
+        return residuals
+    apart = (values.unsqueeze(1) - values).abs()
+    apart.fill_diagonal_(math.inf)
+    gaps = torch.minimum(apart.min(1).values, values.abs())
+    return torch.minimum(residuals, residuals.square() / gaps.clamp_min(1e-300))
 
 
 def interpolated(points: Tensor, places: Tensor, values: Tensor) -> Tensor:
@@ -231,9 +250,9 @@ def of_spectra(ours: Facts, theirs: Facts, function: Callable[[Tensor, Tensor], 
     known = [facts.eigenvalues_or_samples for facts in (ours, theirs)]
     sampled = [one for one in known if isinstance(one, SpectralSamples)]
 
-    def value(without: int | None = None, smooth: bool = True) -> float:
+    def value(without: int | None = None, **options: bool) -> float:
         both = [
-            one.eigenvalues(without, smooth=smooth) if isinstance(one, SpectralSamples) else one
+            one.eigenvalues(without, **options) if isinstance(one, SpectralSamples) else one
             for one in known
         ]
         return function(both[0].cpu(), both[1].cpu())
@@ -241,12 +260,13 @@ def of_spectra(ours: Facts, theirs: Facts, function: Callable[[Tensor, Tensor], 
     whole = value()
     if not sampled:
         return Value(whole)
+    moved = value(moved=True) - whole
     if not any(one.rest for one in sampled):
-        return Value(whole, 0.0, "estimated")
+        return Value(whole, abs(moved), "estimated")
     left_out = [value(i) for i in range(min(len(one.found.nodes) for one in sampled if one.rest))]
     bias = (len(left_out) - 1) * (math.fsum(left_out) / len(left_out) - whole)
     shape = value(smooth=False) - whole
-    return Value(whole, math.hypot(spread_of(left_out), bias, shape), "estimated")
+    return Value(whole, math.hypot(spread_of(left_out), bias, shape, moved), "estimated")
 
 
 def total(*parts: tuple[Quantity, float]) -> Value:

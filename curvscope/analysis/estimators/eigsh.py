@@ -305,6 +305,8 @@ def solve(
                 done = _settle(krylov, pairs, limits, which, most, warnings, copies)
                 if done is not None:
                     return _found(krylov, pairs, tol, slack, done, tuple(warnings))
+                if krylov.count >= meter.size:
+                    continue  # what was found beside the subspace completes the whole
         width = max(1, len(krylov.pending))
         if meter.used + width > most:
             return _found(

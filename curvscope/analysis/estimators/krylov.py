@@ -90,6 +90,8 @@ class Krylov:
     def random(self, count: int) -> Tensor:
         """Random orthonormal rows beside the basis."""
         count = min(count, self.meter.size - self.count)
+        if not count:
+            return self.basis[:0]
         for _ in range(5):
             rows = normals(self.meter.op, self.seed, self.draws, count, stream=3).mT
             self.draws += count

@@ -11,7 +11,7 @@ from scipy.sparse.linalg import aslinearoperator
 import curvscope as cs
 from curvscope.analysis.estimators.krylov import wanted
 from curvscope.errors import NonFiniteError, OptionError, ShapeError
-from curvscope.operators import DenseOperator, LowRankOperator
+from curvscope.operators import DenseOperator, FunctionOperator, LowRankOperator
 
 from .matrices import by_products, normal, spectra, with_spectrum
 
@@ -231,3 +231,22 @@ def test_refusals(options: dict[str, object], message: str) -> None:
     op = by_products(with_spectrum(SPECTRA["decaying"]))
     with pytest.raises(OptionError, match=message):
         cs.eigsh(op, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("size, k", [(12, 10), (20, 18)])
+@pytest.mark.parametrize("kind", ["close", "two values"])
+def test_a_look_beside_the_subspace_that_completes_the_whole(
+    kind: str, size: int, k: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(size, size, generator=generator).double()).Q
+    values = torch.linspace(1, 1.2, size).double()
+    if kind == "two values":
+        values = torch.tensor([1.0, 2.0]).double().repeat_interleave(size // 2)
+    matrix = (basis * values) @ basis.mT
+    op = FunctionOperator(lambda vectors: matrix @ vectors, size)
+    found = cs.eigsh(op, k, seed=seed, tol=1e-3)
+    assert found.converged
+    wanted = values.sort(descending=True).values[:k]
+    assert float((found.values.sort(descending=True).values - wanted).abs().max()) < 3e-3
