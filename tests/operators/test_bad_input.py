@@ -62,7 +62,7 @@ def test_numbers_that_are_not_finite(make) -> None:
 
 
 def test_the_message_counts_them() -> None:
-    with pytest.raises(NonFiniteError, match="1 NaN or infinite entries of 9"):
+    with pytest.raises(NonFiniteError, match="1 NaN or infinite entry of 9"):
         DenseOperator(BAD)
 
 
