@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..errors import OptionError, check_option
+from ..errors import NonFiniteError, OptionError, check_option
 from ..operators import DiagonalKroneckerOperator, DiagonalOperator, MatrixView, Operator
 from .base import CurvatureOptimizer
 from .checks import finite, non_negative, whole_number
@@ -162,8 +162,11 @@ class AdaFisher(CurvatureOptimizer):
         non_negative("beta", options["beta"], below=1.0)
         non_negative("damping", options["damping"], positive=True)
         non_negative("decay", options["decay"], below=1.0)
-        self._fresh = self._bound
         super().add_param_group(param_group)
+        if self._bound:
+            self._fresh = True
+            if self._tap is not None:
+                self._tap.active = True
 
     def _bind(self) -> None:
         before = dict(self.blocks) if self._bound else {}
@@ -200,6 +203,7 @@ class AdaFisher(CurvatureOptimizer):
         """Average the new diagonals in: (1) to (3)."""
         dtype = torch.promote_types(self.dtype, torch.float32)
         collected = self._collector.sums
+        found: dict[str, tuple[Tensor, Tensor]] = {}
         seen = [layer for block, layer in self.layers.items() if block in collected]
         sums = [collected[layer.block].unscaled(scale) for layer in seen]
         if self._process_group is not None:
@@ -207,8 +211,12 @@ class AdaFisher(CurvatureOptimizer):
             means = self.average([t for one in sums for t in (one.h, one.s)])
             sums = [o.over_ranks(h, s, ranks) for o, h, s in zip(sums, means[::2], means[1::2])]
         for layer, one in zip(seen, sums):
-            state, decay = self.block_state(layer.block), self.group_of(layer.weight)["decay"]
             h, s = (t.to(dtype) for t in one.diagonals(layer.bias is not None))
+            found[layer.block] = h, s
+        self._check_diagonals(found)
+        for layer in seen:
+            state, decay = self.block_state(layer.block), self.group_of(layer.weight)["decay"]
+            h, s = found[layer.block]
             length = layer.weight[0].numel() if isinstance(layer.module, CONVOLUTIONS) else 1
             for name, new, divisor in (("H", h, length), ("S", s, 1)):
                 old = state.get(name + "_D")
@@ -218,6 +226,18 @@ class AdaFisher(CurvatureOptimizer):
             state["refreshed"] = self.steps
             state["refreshes"] = state.get("refreshes", 0) + 1
             self._fired.add(layer.block)
+
+    def _check_diagonals(self, found: Mapping[str, Sequence[Tensor]]) -> None:
+        """Refuse squares that overflow, which min-max would turn into parameters of NaN."""
+        largest = [t.abs().amax() for pair in found.values() for t in pair]
+        if not largest or finite(torch.stack(largest)):
+            return
+        block = next(b for b, pair in found.items() if not all(finite(t) for t in pair))
+        raise NonFiniteError(
+            f"{self.method} did not take step {self.steps + 1}: squares of the inputs or output "
+            f"gradients of layer {block!r} overflow, while loss and gradients are finite. "
+            "Parameters and state are unchanged. Scale the inputs or the loss."
+        )
 
     # -- the step --------------------------------------------------------------------------------
 
@@ -230,15 +250,18 @@ class AdaFisher(CurvatureOptimizer):
         """
         self._check_open()
         self._check_ready()
-        loss = None if closure is None else call_closure(closure, self.method)
-        scale, skip = take_scale(self, self.loss_scale)
+        loss = None
         try:
-            if skip:
-                return loss
-            self._check_gradients()
-            self._check_loss(loss, self._culprit(loss, closure))
-            if self._due():
-                self._refresh(scale)
+            with self._or_back(closure):
+                if closure is not None:
+                    loss = call_closure(closure, self.method)
+                scale, skip = take_scale(self, self.loss_scale)
+                if skip:
+                    return loss
+                self._check_gradients()
+                self._check_loss(loss, self._culprit(loss, closure))
+                if self._due():
+                    self._refresh(scale)
         finally:
             self._collector.sums.clear()
         groups = {id(p): group for group in self.param_groups for p in group["params"]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -156,8 +157,8 @@ class AdaHessian(EveryParameter):
             non_negative(f"betas[{k}]", betas[k], below=1.0)
         non_negative("eps", options["eps"], positive=True)
         non_negative("hessian_power", options["hessian_power"])
-        self._fresh = self._bound
         super().add_param_group(param_group)
+        self._fresh = self._fresh or self._bound
 
     def _bind(self) -> None:
         super()._bind()
@@ -236,15 +237,16 @@ class AdaHessian(EveryParameter):
         or the product with the Hessian is NaN or infinite.
         """
         self._check_ready()
-        loss = None if closure is None else self._evaluate(closure)
-        scale, skip = take_scale(self, self.loss_scale)
-        if skip:
-            self._forget()
-            return loss
         try:
-            self._check_gradients()
-            self._check_loss(loss)
-            products = self._joint(scale)
+            with self._or_back(closure):
+                loss = None if closure is None else self._evaluate(closure)
+                scale, skip = take_scale(self, self.loss_scale)
+                if skip:
+                    self._forget()
+                    return loss
+                self._check_gradients()
+                self._check_loss(loss)
+                products = self._joint(scale)
         except NonFiniteError:
             self._forget(undraw=True)
             raise
@@ -298,9 +300,11 @@ class AdaHessian(EveryParameter):
             rest, size = means[len(gradients) :], len(self.params)
             products = [rest[k * size : (k + 1) * size] for k in range(len(products))]
         for hz in products:
-            norms = torch.stack([n.float() for n in torch._foreach_norm(hz, float("inf"))])
-            if not bool(torch.isfinite(norms).all()):
-                name = next(n for n, h in zip(self.params, hz) if not finite(h))
+            norms = torch.stack([n.double() for n in torch._foreach_norm(hz, math.inf)]).tolist()
+            # beyond it the squares would be infinite, and stay so in v
+            limit = torch.finfo(self.factor_dtype).max ** 0.5
+            if not all(norm < limit for norm in norms):
+                name = next(n for n, norm in zip(self.params, norms) if not norm < limit)
                 raise NonFiniteError(
                     f"{self.method} did not take step {self.steps + 1}: the product with the "
                     f"Hessian is NaN or infinite in layer {layer_of(name)!r} ({name}), although "

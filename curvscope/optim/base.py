@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..errors import ModelError, NonFiniteError, OptionError, check_option
+from ..errors import CurvscopeError, ModelError, NonFiniteError, OptionError, check_option
 from ..operators import Layout
 from ..problem.blocks import make_blocks
 from . import checks, saving
@@ -24,6 +24,7 @@ from .averaging import average, choose_group
 from .fallback import FALLBACK_LR, fallback_update
 from .inspection import Inspection
 from .layer import Layer, find_layers
+from .passes import Buffers
 from .tap import LayerCall, LayerTap, remove_dead_hooks
 
 
@@ -64,6 +65,7 @@ class CurvatureOptimizer(Inspection, torch.optim.Optimizer):
         self._wrapper = model
         self.model = model.module if isinstance(model, DistributedDataParallel) else model
         self._explicit = params is not None
+        self._ungrouped = process_group is False
         self._process_group = choose_group(model, process_group)
         self._tap: LayerTap | None = None
         self._fired: set[str] = set()  # blocks whose layer has been seen to run
@@ -95,17 +97,23 @@ class CurvatureOptimizer(Inspection, torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters of the model, for example those of layers that are no longer frozen."""
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        checks.check_group(group)
-        self._check_group(group)
-        if group["fallback_lr"] is None:
-            group["fallback_lr"] = FALLBACK_LR[self.fallback]
-        group.setdefault("base_lr", group["lr"])
-        if self._bound:
-            self._bind()
-            if self._tap is not None:
-                self._tap.close()
-                self._open()
+        group, params = self.param_groups[-1], getattr(self, "params", None)
+        try:
+            checks.check_group(group)
+            self._check_group(group)
+            if group["fallback_lr"] is None:
+                group["fallback_lr"] = FALLBACK_LR[self.fallback]
+            group.setdefault("base_lr", float(group["lr"]))  # not a tensor that a schedule changes
+            if self._bound:
+                self._bind()
+        except CurvscopeError:
+            if params is not None:
+                self.param_groups.pop()
+                self.params = params
+            raise
+        if self._bound and self._tap is not None:
+            self._tap.close()
+            self._open()
 
     # -- for subclasses --------------------------------------------------------------------------
 
@@ -123,6 +131,17 @@ class CurvatureOptimizer(Inspection, torch.optim.Optimizer):
         """Watch :attr:`layers` from now on; ``receive`` should be a bound method."""
         self._tap = LayerTap(self.model, self.layers, receive, outputs)
         return self._tap
+
+    @contextmanager
+    def _or_back(self, closure: Any) -> Iterator[None]:
+        """Put the model's buffers back if the step of this closure is refused."""
+        buffers = Buffers(self.model) if closure is not None else None
+        try:
+            yield
+        except BaseException:
+            if buffers is not None:
+                buffers.restore()
+            raise
 
     @contextmanager
     def _attached(self) -> Iterator[LayerTap]:
@@ -238,7 +257,7 @@ class CurvatureOptimizer(Inspection, torch.optim.Optimizer):
             if p.grad is None:
                 continue
             group = self.group_of(p)
-            factor = group["lr"] / group["base_lr"] if group["base_lr"] else 1.0
+            factor = float(group["lr"]) / group["base_lr"] if group["base_lr"] else 1.0
             fallback_update(
                 self.fallback,
                 p,
@@ -278,7 +297,7 @@ class CurvatureOptimizer(Inspection, torch.optim.Optimizer):
         super().__setstate__(state)
         if "model" in state:  # a copy or an unpickled optimizer, not load_state_dict
             self._tap = None
-            self._process_group = choose_group(self._wrapper, None)
+            self._process_group = choose_group(self._wrapper, False if self._ungrouped else None)
             remove_dead_hooks(self.model)
             self._bind()
             self._open()

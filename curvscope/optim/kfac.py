@@ -175,6 +175,7 @@ class KFAC(CurvatureOptimizer):
         """
         self._check_ready()
         buffers = Buffers(self.model) if closure is not None else None
+        drawn = self._statistics.generator.get_state()
         loss = None
         try:
             if closure is not None:
@@ -189,6 +190,7 @@ class KFAC(CurvatureOptimizer):
         except BaseException:
             if buffers is not None:
                 buffers.restore()
+                self._statistics.generator.set_state(drawn)
             raise
         finally:
             self._statistics.reset()

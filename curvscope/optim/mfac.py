@@ -155,12 +155,13 @@ class MFAC(EveryParameter):
         """
         self._check_ready()
         loss = where = None
-        if closure is not None:
-            loss = call_closure(closure, self.method)
-            if not finite(loss) and self._process_group is None:
-                where = first_bad_layer(self.model, closure, self.device)
-        self._check_gradients()
-        self._check_loss(loss, where)
+        with self._or_back(closure):
+            if closure is not None:
+                loss = call_closure(closure, self.method)
+                if not finite(loss) and self._process_group is None:
+                    where = first_bad_layer(self.model, closure, self.device)
+            self._check_gradients()
+            self._check_loss(loss, where)
         self._take(self._flat_gradient(), self.steps)
         step = self._direction(self.steps + 1)
         groups = {id(p): group for group in self.param_groups for p in group["params"]}

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
@@ -29,11 +30,25 @@ class FastSecondDerivatives(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         fast = _FAST.get(func) if getattr(func, "__hash__", None) else None
-        if fast is not None and torch.is_grad_enabled():
+        if fast is not None and torch.is_grad_enabled() and not _special():
             found = fast(*args, **(kwargs or {}))
             if found is not None:
                 return found
         return func(*args, **(kwargs or {}))
+
+
+def _special() -> bool:
+    """Whether this is no plain forward pass, and torch's own functions have to do.
+
+    Functions of our own know no transforms of ``torch.func`` and no forward mode; and a checkpoint
+    that is computed again on the way back, where no mode is active, must save what it saved first.
+    """
+    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or (hooks is not None and hooks(False) is not None)
+    )
 
 
 def _alike(x: Tensor, *others: Tensor | None) -> bool:

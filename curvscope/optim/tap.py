@@ -187,6 +187,8 @@ class LayerTap:
         if self._samples is None:  # the model was not called as a whole
             self.pass_index += 1
         single, x = x.ndim, _batched(layer.module, x.detach())
+        if not x.numel():  # an expert that no sample was sent to, for example
+            return replacement
         samples = x.shape[0] if self._samples is None or x.ndim > single else self._samples
         with measuring(output.device):
             receive(LayerCall(layer, x, output, samples, self.pass_index))

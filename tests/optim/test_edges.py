@@ -1,0 +1,207 @@
+"""What every optimizer does at the edges: refusals, layers without rows, settings as tensors."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from curvscope import errors
+from curvscope.optim import KFAC, AdaFisher, AdaHessian, base
+
+from .every_method import METHODS, ROWS, Method, each_method, mlp, snapshot
+from .kronecker_cases import flat, labels, normal, relative, seeded
+
+X, Y = normal(8, 5), labels(8)
+
+
+@each_method
+@pytest.mark.parametrize("what", ["input", "loss"])
+def test_a_refused_step_leaves_buffers_as_they_are_too(method: Method, what: str) -> None:
+    """Running statistics of NaN would spoil the model for every evaluation to come."""
+    model = mlp()
+    optimizer = method.build(model)
+    method.run(optimizer, model, ROWS, 2)
+    before = snapshot(optimizer, model)
+    x = X.clone()
+    x[0, 0] = math.nan if what == "input" else 0.0
+    scale = math.nan if what == "loss" else 1.0
+    closure = method.closure(optimizer, model, x, Y, lambda z, t: scale * F.cross_entropy(z, t))
+    with pytest.raises(errors.NonFiniteError, match="layer '0'" if what == "input" else "loss"):
+        optimizer.step(closure)
+    assert snapshot(optimizer, model) == before
+
+
+@each_method
+def test_a_refused_group_leaves_the_optimizer_as_it_is(method: Method) -> None:
+    model = mlp()
+    model[3].requires_grad_(False)
+    optimizer = method.build(model)
+    if method.name != "M-FAC":  # whose window cannot grow
+        method.run(optimizer, model, ROWS, 2)
+    model[3].requires_grad_(True)
+    before = snapshot(optimizer, model)
+    for group in (
+        {"params": list(model[3].parameters()), "lr": -1.0},
+        {"params": [nn.Parameter(torch.zeros(3).double())]},
+        {"params": [nn.Parameter(torch.zeros(3))]},
+    ):
+        with pytest.raises(errors.CurvscopeError):
+            optimizer.add_param_group(group)
+        assert len(optimizer.param_groups) == 1 and snapshot(optimizer, model) == before
+        assert list(optimizer.params) == list(optimizer.layout.names)
+    optimizer.add_param_group({"params": list(model[3].parameters())})
+    start = flat(model)
+    method.run(optimizer, model, ROWS, 2)
+    assert not torch.equal(flat(model)[-21:], start[-21:])
+
+
+@each_method
+def test_a_learning_rate_may_be_a_tensor(method: Method) -> None:
+    """Schedules then change it in place; the fallback follows them all the same."""
+    nets = [seeded(lambda: nn.Sequential(nn.Linear(5, 6), nn.PReLU(6), nn.Linear(6, 3)))] * 2
+    nets = [copy.deepcopy(net) for net in nets]
+    rates: list[Any] = [torch.tensor(0.015625), 0.015625]
+    for net, lr in zip(nets, rates, strict=True):
+        optimizer = method.build(net, lr=lr)
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.25)
+        for k in range(4):
+            method.run(optimizer, net, ROWS, 1, start=k)
+            schedule.step()
+    assert relative(flat(nets[0]), flat(nets[1])) < 1e-12
+
+
+class Experts(nn.Module):
+    """A gate sends every sample to one of two layers, of which one may get none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(5, 4), nn.Linear(5, 4)])
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = x.new_zeros(len(x), 4)
+        for k, expert in enumerate(self.experts):
+            chosen = (x[:, 0] > 0) == bool(k)
+            hidden[chosen] = expert(x[chosen])
+        return self.head(hidden.tanh())
+
+
+@each_method
+def test_a_layer_that_gets_no_rows(method: Method) -> None:
+    model = seeded(Experts)
+    optimizer = method.build(model)
+    for k in range(6):
+        x = normal(8, 5, seed=k)
+        if k % 2:
+            x[:, 0] = x[:, 0].abs()
+        optimizer.step(method.closure(optimizer, model, x, labels(8, seed=k)))
+    assert bool(torch.isfinite(flat(model)).all())
+    assert not optimizer.curvature().uncovered
+    before = optimizer.factors("experts.0")
+    if method.make is AdaFisher:  # what it learned before stays as it is
+        optimizer.step(method.closure(optimizer, model, x, labels(8)))
+        assert all(torch.equal(v, before[k]) for k, v in optimizer.factors("experts.0").items())
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_squares_that_overflow_are_refused(steps: int) -> None:
+    """Inputs of 1e25 have finite losses and gradients here, but no squares in float32."""
+    for method in METHODS:
+        if method.make not in (AdaFisher, AdaHessian):
+            continue
+        model = nn.Linear(5, 3)
+        nn.init.zeros_(model.weight)
+        optimizer = method.build(model, update_every=1)
+        x = X.float()
+        for _ in range(steps):
+            optimizer.step(method.closure(optimizer, model, x, Y))
+        before = snapshot(optimizer, model)
+        closure = method.closure(
+            optimizer, model, 1e25 * x, Y, lambda z, t: 1e25 * F.cross_entropy(1e-25 * z, t)
+        )
+        with pytest.raises(errors.NonFiniteError, match=r"layer '\(root\)'"):
+            optimizer.step(closure)
+        assert snapshot(optimizer, model) == before
+
+
+def test_labels_of_a_refused_step_are_drawn_again() -> None:
+    model = mlp()
+    optimizer = KFAC(model, 0.05, 0.3)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(X), Y)
+        loss.backward()
+        model[3].bias.grad[0] = math.inf
+        return loss
+
+    before = snapshot(optimizer, model)
+    with pytest.raises(errors.NonFiniteError, match="layer '3'"):
+        optimizer.step(closure)
+    assert snapshot(optimizer, model) == before
+
+
+@each_method
+def test_copies_average_no_more_than_the_original(
+    method: Method, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(base, "choose_group", lambda model, group: asked.append(group))
+    for group in (False, None):
+        copy.deepcopy(method.build(mlp(), process_group=group))
+    assert asked == [False, False, None, None]
+
+
+# -- AdaHessian's closure -------------------------------------------------------------------------
+
+
+def vmapped(model: nn.Module, x: Tensor) -> Tensor:
+    params = dict(model.named_parameters())
+
+    def one(image: Tensor) -> Tensor:
+        return torch.func.functional_call(model, params, (image[None],))[0]
+
+    return torch.func.vmap(one)(x)
+
+
+def forward_mode(model: nn.Module, x: Tensor) -> Tensor:
+    outputs, slope = torch.func.jvp(model, (x,), (torch.ones_like(x),))
+    return outputs + slope
+
+
+def reverse_mode(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x) + torch.func.vjp(model, x)[1](torch.ones(len(x), 3).double())[0].mean()
+
+
+def recomputed(model: nn.Module, x: Tensor) -> Tensor:
+    return checkpoint(model, x, use_reentrant=False)
+
+
+WAYS = [vmapped, forward_mode, reverse_mode, recomputed]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=[w.__name__ for w in WAYS])
+def test_closures_with_transforms_and_checkpoints(way: Any) -> None:
+    """They keep to torch's own derivatives, and get the same step as without our faster ones."""
+
+    def net() -> nn.Module:
+        norm = nn.GroupNorm(2, 2) if way is not recomputed else nn.BatchNorm2d(2)
+        layers = [nn.Conv2d(1, 2, 3), norm, nn.ReLU(), nn.Flatten(), nn.Linear(18, 3)]
+        return nn.Sequential(*layers)
+
+    x = normal(8, 1, 5, 5)
+    model, twin = seeded(net), seeded(net)
+    optimizer, other = AdaHessian(model, seed=2), AdaHessian(twin, seed=2)
+    for _ in range(2):
+        optimizer.step(lambda: F.cross_entropy(way(model, x), Y))
+        other.zero_grad()
+        other.backward(F.cross_entropy(twin(x) if way is recomputed else way(twin, x), Y))
+        other.step()
+    assert relative(flat(model), flat(twin)) < 1e-10
