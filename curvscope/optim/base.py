@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import CurvscopeError, ModelError, NonFiniteError, OptionError, check_option
 from ..operators import Layout
-from ..problem.blocks import make_blocks
+from ..problem.blocks import ROOT, make_blocks
 from . import checks, saving
 from .averaging import average, choose_group
 from .fallback import FALLBACK_LR, fallback_update
@@ -186,6 +186,14 @@ class CurvatureOptimizer(Inspection, torch.optim.Optimizer):
         if self._closed:
             raise OptionError(f"This {self.method} was closed; build a new one to go on.")
         self._facts.check(self.model, self.params, self.method)
+        modules = {name or ROOT: module for name, module in self.model.named_modules()}
+        for block, layer in self.layers.items():
+            if modules.get(block) is not layer.module:  # with the old one's parameters
+                raise ModelError(
+                    f"The model has changed since {self.method} was built: the layer {block!r} was "
+                    "replaced, or is gone. Build a new optimizer after changing the model "
+                    "(load_state_dict can carry the state over)."
+                )
 
     def _unscale(self, scaler: Any) -> tuple[float, bool]:
         """Divide gradients by a ``GradScaler``'s factor; returns it, and whether they overflow."""

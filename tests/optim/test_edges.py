@@ -63,6 +63,21 @@ def test_a_refused_group_leaves_the_optimizer_as_it_is(method: Method) -> None:
 
 
 @each_method
+def test_a_layer_replaced_by_one_with_the_same_parameters(method: Method) -> None:
+    """The new layer is not watched; without a word it would follow the fallback from now on."""
+    model = mlp()
+    optimizer = method.build(model)
+    method.run(optimizer, model, ROWS, 1)
+    new = nn.Linear(6, 3)
+    new.weight, new.bias = model[3].weight, model[3].bias
+    model[3] = new
+    if not optimizer.layers:  # a method that sees parameters only
+        return method.run(optimizer, model, ROWS, 1)
+    with pytest.raises(errors.ModelError, match="the layer '3' was replaced"):
+        method.run(optimizer, model, ROWS, 1)
+
+
+@each_method
 def test_a_learning_rate_may_be_a_tensor(method: Method) -> None:
     """Schedules then change it in place; the fallback follows them all the same."""
     nets = [seeded(lambda: nn.Sequential(nn.Linear(5, 6), nn.PReLU(6), nn.Linear(6, 3)))] * 2

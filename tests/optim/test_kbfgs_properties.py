@@ -15,13 +15,9 @@ from .kronecker_cases import closure_of, labels, normal, seeded
 
 
 def is_sound(H: Tensor) -> bool:
-    """Symmetric to the last bit, and no eigenvalue more negative than rounding.
-
-    An update multiplies the rounding errors by ``(||s|| ||y|| / s^T y)^2``, which may be 900 before
-    the matrix is looked at.
-    """
+    """Symmetric to the last bit, and no eigenvalue more negative than rounding."""
     values = torch.linalg.eigvalsh(H.double())
-    limit = 1000 * torch.finfo(H.dtype).eps * values[..., -1]
+    limit = 10 * torch.finfo(H.dtype).eps * values[..., -1]
     return torch.equal(H, H.mT) and bool((values[..., 0] >= -limit).all())
 
 
