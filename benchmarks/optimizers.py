@@ -184,13 +184,14 @@ def measure(case: cases.Case, rounds: int, pairs: int) -> list[list[str]]:
                 case.name,
                 name,
                 f"{common.ratio(times, name, 'one gradient'):.2f}",
+                f"{common.ratio(times, name, 'SGD'):.2f}",
                 f"{common.ratio(times, name, 'Adam'):.2f}",
                 f"{1e3 * statistics.median(times[name]):.0f}",
                 f"{held / 2**20:.1f}",
                 f"{held / counted:.2f}" if counted else "",
             ]
         )
-    rows += [[case.name, name, "fails", "", "", "", why] for name, why in failed.items()]
+    rows += [[case.name, name, "fails", "", "", "", "", why] for name, why in failed.items()]
     return rows
 
 
@@ -206,12 +207,22 @@ CASES: dict[str, tuple[Callable[[], cases.Case], int]] = {
     "resnet20": (lambda: cases.make("resnet20"), 20),
     "gpt": (lambda: cases.make("gpt"), 20),
 }
-HEADER = ["network", "optimizer", "gradients", "Adam steps", "ms", "MiB kept", "of counted"]
+HEADER = [
+    "network",
+    "optimizer",
+    "gradients",
+    "SGD steps",
+    "Adam steps",
+    "ms",
+    "MiB kept",
+    "of counted",
+]
 NOTES = (
     "*gradients*: time of a step over that of one gradient (forward and backward pass) of the same "
-    "batch. AdaFisher updates its factors in every hundredth step by default; its row is the "
-    "median step, which does not. K-FAC's and K-BFGS's first steps, which make inverses, are left "
-    "out; K-FAC makes them again every 20 steps."
+    "batch; *SGD steps* and *Adam steps*: over a step of these. AdaFisher updates its factors in "
+    "every hundredth step by default; its row is the median step, which does not. K-FAC's and "
+    "K-BFGS's first steps, which make inverses, are left out; K-FAC makes them again every 20 "
+    "steps."
 )
 
 

@@ -180,6 +180,24 @@ class CurvatureOptimizer(Inspection, torch.optim.Optimizer):
         """Means over the process group; the tensors themselves where there is none."""
         return average(tensors, self._process_group)
 
+    def _on_all_ranks(self, blocks: Sequence[str], *, refuse: bool = False) -> list[str]:
+        """Those of the blocks that all ranks have; otherwise they would average unlike things.
+
+        ``refuse``: raises ``ModelError`` on all ranks if only some of them have a block.
+        """
+        if self._process_group is None:
+            return list(blocks)
+        have = torch.tensor([float(b in blocks) for b in self.layers], device=self.device)
+        share = dict(zip(self.layers, self.average([have])[0].tolist(), strict=True))
+        some = [b for b, value in share.items() if 0 < value < 1]
+        if some and refuse:
+            raise ModelError(
+                f"{self.method} did not take step {self.steps + 1}: the layer {some[0]!r} ran on "
+                "some ranks only. Send samples through it on every rank, or leave its parameters "
+                "to another optimizer with params=."
+            )
+        return [b for b in self.layers if b in blocks and b not in some]
+
     # -- parts of a step -------------------------------------------------------------------------
 
     def _check_ready(self) -> None:
@@ -235,9 +253,12 @@ class CurvatureOptimizer(Inspection, torch.optim.Optimizer):
 
     def _gradient(self, layer: Layer) -> Tensor:
         """``[gradient of W, of b]`` with weight decay added, in the layer's matrix view."""
-        matrix = layer.weight.new_zeros(layer.view.shape, dtype=self.factor_dtype)
+        matrix = layer.weight.new_empty(layer.view.shape, dtype=self.factor_dtype)
         for p, part in zip((layer.weight, layer.bias), layer.split(matrix), strict=True):
-            if p is None or part is None or p.grad is None:
+            if p is None or part is None:
+                continue
+            if p.grad is None:
+                part.zero_()
                 continue
             decay = self.group_of(p).get("weight_decay", 0.0)
             gradient = p.grad.to(self.factor_dtype)

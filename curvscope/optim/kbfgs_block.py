@@ -108,7 +108,7 @@ def output_inverse(state: State) -> Tensor:
     """``H_g`` ``[groups, out, out]``, exactly symmetric."""
     if "H_g" in state:
         return state["H_g"]
-    return dense(_memory(state)).to(state["S"].dtype)
+    return dense(_memory(state)).to(state["A"].dtype)
 
 
 def diagnose(state: State, last: dict[str, Tensor], eigenvalues: bool) -> dict[str, Any]:

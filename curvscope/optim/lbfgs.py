@@ -17,16 +17,17 @@ _SMALL = 2  # up to so many times the memory, the matrix itself is cheaper than 
 
 
 class Memory(NamedTuple):
-    """The last pairs, the newest last: ``S``, ``Y`` ``[groups, m, n]``, ``filled`` ``[groups, 1]``.
+    """The last pairs: ``pairs`` ``[groups, 2, m, n]``, ``S`` and ``Y``, written in turns.
 
-    A pair and its multiples give the same matrix; they are kept with ``s`` of length one. Slots in
-    front that are not filled yet hold zeros. What products need is kept with them: ``SY``
-    (upper triangle of ``S Y^T``) and ``YY = Y Y^T`` ``[groups, m, m]`` in float64, or, for small
-    ``n``, the matrix ``H`` itself.
+    ``slot`` ``[groups, 1]`` is where the next pair goes, in place of the oldest one once all are
+    ``filled`` ``[groups, 1]``; slots that are not yet hold zeros. A pair and its multiples give the
+    same matrix; they are kept with ``s`` of length one. What products need is kept with them, in
+    the order of their age, the newest last: ``SY`` (upper triangle of ``S Y^T``) and
+    ``YY = Y Y^T`` ``[groups, m, m]`` in float64, or, for small ``n``, the matrix ``H`` itself.
     """
 
-    S: Tensor
-    Y: Tensor
+    pairs: Tensor
+    slot: Tensor
     filled: Tensor
     SY: Tensor | None
     YY: Tensor | None
@@ -36,31 +37,41 @@ class Memory(NamedTuple):
     def empty(cls, m: int, like: Tensor) -> Memory:
         """Room for ``m`` pairs of vectors like ``like`` ``[groups, n]``."""
         groups, n = like.shape
-        slots = like.new_zeros(groups, m, n)
-        filled = torch.zeros(groups, 1, dtype=torch.long, device=like.device)
+        pairs = like.new_zeros(groups, 2, m, n)
+        slot = torch.zeros(groups, 1, dtype=torch.long, device=like.device)
         if n <= _SMALL * m:
-            return cls(slots, slots.clone(), filled, None, None, identity(like))
+            return cls(pairs, slot, slot.clone(), None, None, identity(like))
         grams = like.new_zeros(groups, m, m, dtype=torch.float64)
-        return cls(slots, slots.clone(), filled, grams, grams.clone(), None)
+        return cls(pairs, slot, slot.clone(), grams, grams.clone(), None)
+
+    def used(self) -> tuple[Tensor, Tensor]:
+        """``pairs`` without slots that no group has filled, and the slots in the order of age."""
+        count = int(self.filled.max())
+        order = (self.slot + torch.arange(count, device=self.slot.device)) % max(count, 1)
+        return self.pairs[:, :, :count], order
 
 
 def remember(memory: Memory, s: Tensor, y: Tensor, norm: Tensor) -> tuple[Memory, Tensor]:
-    """Append a pair, dropping the oldest; returns the memory and where that was done."""
+    """Append a pair, dropping the oldest, in place; returns the memory and where that was done."""
     accepted = acceptable(s, y, norm)
     length = torch.where(accepted, s.norm(dim=-1, keepdim=True), 1.0)
+    pairs, m = memory.pairs, memory.pairs.shape[2]
+    pair = torch.stack([s / length, y / length], 1).unsqueeze(2)
+    where = memory.slot[:, :, None, None].expand_as(pair)
     mask = accepted.unsqueeze(-1)
-    S, Y = (
-        torch.where(mask, torch.cat([slots[:, 1:], (new / length).unsqueeze(1)], 1), slots)
-        for slots, new in ((memory.S, s), (memory.Y, y))
-    )
-    filled = (memory.filled + accepted).clamp(max=S.shape[1])
-    twin = Memory(S, Y, filled, None, None, None)
+    pairs.scatter_(2, where, torch.where(mask.unsqueeze(-1), pair, pairs.gather(2, where)))
+    slot = (memory.slot + accepted) % m
+    twin = memory._replace(slot=slot, filled=(memory.filled + accepted).clamp(max=m))
     if memory.H is not None:
-        return twin._replace(H=dense(twin).to(S.dtype)), accepted
+        return twin._replace(H=dense(twin).to(s.dtype)), accepted
     assert memory.SY is not None and memory.YY is not None
-    new_y = Y[:, -1].double()
-    SY = torch.where(mask, _shifted(memory.SY, times(S.double(), new_y)), memory.SY)
-    YY = torch.where(mask, _shifted(memory.YY, times(Y.double(), new_y), mirror=True), memory.YY)
+    aged = (slot + torch.arange(m, device=slot.device)) % m
+    new_y = pair[:, 1, 0].double()
+    columns = (times(pairs[:, k].double(), new_y).gather(1, aged) for k in range(2))
+    SY, YY = (
+        torch.where(mask, _shifted(gram, column, mirror), gram)
+        for gram, column, mirror in zip((memory.SY, memory.YY), columns, (False, True), strict=True)
+    )
     return twin._replace(SY=SY, YY=YY), accepted
 
 
@@ -79,31 +90,41 @@ def memory_times(memory: Memory, V: Tensor) -> Tensor:
     if memory.H is not None:
         return matmul(memory.H, V)
     assert memory.SY is not None and memory.YY is not None
-    return compact_times(memory.S, memory.Y, memory.SY, memory.YY, memory.filled, V)
+    pairs, order = memory.used()
+    used = order.shape[1]
+    SY, YY = memory.SY[:, -used:, -used:], memory.YY[:, -used:, -used:]
+    return compact_times(pairs, order, SY, YY, memory.filled, V)
 
 
 def compact_times(
-    S: Tensor, Y: Tensor, SY: Tensor, YY: Tensor, filled: Tensor, V: Tensor
+    pairs: Tensor, order: Tensor, SY: Tensor, YY: Tensor, filled: Tensor, V: Tensor
 ) -> Tensor:
     """``H V`` by the compact form of Byrd, Nocedal and Schnabel (1994, theorem 2.2).
 
     With the pairs in columns, ``R`` the upper triangle of ``S^T Y`` and ``D`` its diagonal,
     ``H = I + S R^-T (D + Y^T Y) R^-1 S^T - S R^-T Y^T - Y R^-1 S^T``. The small systems are solved
-    in float64. Cost: O(m n k).
+    in float64, with the pairs in ``order`` of age. Cost: O(m n k).
     """
-    used = int(filled.max())
+    groups, used = order.shape
     if used == 0:
         return V.clone()
-    R, YY = SY[:, -used:, -used:].clone(), YY[:, -used:, -used:]
-    D = R.diagonal(dim1=-2, dim2=-1).unsqueeze(-1).clone()
+    age = torch.arange(used, device=V.device)
+    R, W = SY.clone(), YY.clone()
+    W.diagonal(dim1=-2, dim2=-1).add_(R.diagonal(dim1=-2, dim2=-1))
     # an empty slot's row and column are zero; a one on the diagonal makes it count for nothing
-    empty = torch.arange(used, device=V.device) < used - filled
-    R.diagonal(dim1=-2, dim2=-1).add_(empty.to(R))
-    both = torch.cat([S[:, -used:], Y[:, -used:]], 1)
-    SV, YV = matmul(both, V).double().split(used, 1)
-    q = torch.linalg.solve_triangular(R, SV, upper=True)
-    p = torch.linalg.solve_triangular(R.mT, D * q + YY @ q - YV, upper=False)
-    return torch.baddbmm(V, both.mT, torch.cat([p, -q], 1).to(V.dtype))
+    R.diagonal(dim1=-2, dim2=-1).add_((age < used - filled).to(R))
+    both = pairs.reshape(groups, 2 * used, -1)
+    first = 2 * used * torch.arange(groups, device=V.device)[:, None]
+    aged = torch.cat([first + order, first + order + used], 1).flatten()
+    products = matmul(both, V)
+    products = products.reshape(-1, V.shape[-1])[aged].double()
+    SV, YV = products.reshape(groups, 2 * used, -1).split(used, 1)
+    # solved from the right of the transposes, which the rows of SV and YV are without a copy
+    q = torch.linalg.solve_triangular(R.mT, SV.mT, upper=False, left=False).mT
+    p = torch.linalg.solve_triangular(R, (matmul(W, q) - YV).mT, upper=True, left=False).mT
+    weights = torch.empty_like(products, dtype=V.dtype)
+    weights[aged] = torch.cat([p, -q], 1).to(V.dtype).reshape(weights.shape)
+    return torch.baddbmm(V, both.mT, weights.reshape(groups, 2 * used, -1))
 
 
 def dense(memory: Memory) -> Tensor:
@@ -112,13 +133,18 @@ def dense(memory: Memory) -> Tensor:
     With more than n / 2 pairs, which are then close to linearly dependent, the compact form loses
     its accuracy; the matrix is built pair by pair. Cost: O(m n^2).
     """
-    used = int(memory.filled.max())
-    S, Y = memory.S[:, -used:].double(), memory.Y[:, -used:].double()
-    H = identity(memory.S[:, 0].double())
+    pairs, order = memory.used()
+    H = identity(memory.pairs[:, 0, 0].double())
+    used = order.shape[1]
     if used == 0:
         return H
+    aged = order[:, None, :, None].expand_as(pairs)
+    pairs = pairs.gather(2, aged).double()
+    S, Y = pairs[:, 0], pairs[:, 1]
     if 2 * used < S.shape[2]:
-        H = compact_times(S, Y, (S @ Y.mT).triu(), Y @ Y.mT, memory.filled, H)
+        in_order = torch.arange(used, device=order.device).expand_as(order)
+        SY, YY = (S @ Y.mT).triu(), Y @ Y.mT
+        H = compact_times(pairs, in_order, SY, YY, memory.filled, H)
         return (H + H.mT) / 2
     sy = (S * Y).sum(-1, keepdim=True)
     rho = torch.where(sy > 0, 1 / sy, 0.0)  # an empty slot changes nothing
