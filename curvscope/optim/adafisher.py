@@ -204,7 +204,9 @@ class AdaFisher(CurvatureOptimizer):
         dtype = torch.promote_types(self.dtype, torch.float32)
         collected = self._collector.sums
         found: dict[str, tuple[Tensor, Tensor]] = {}
-        seen = [layer for block, layer in self.layers.items() if block in collected]
+        seen = [
+            self.layers[b] for b in self._on_all_ranks([b for b in self.layers if b in collected])
+        ]
         sums = [collected[layer.block].unscaled(scale) for layer in seen]
         if self._process_group is not None:
             ranks = dist.get_world_size(self._process_group)

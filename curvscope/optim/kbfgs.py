@@ -224,10 +224,11 @@ class KBFGS(CurvatureOptimizer):
                 if overflow:
                     return loss
                 self._check_loss(loss, self._culprit)
+                active = [b for b in self._seen if self.layers[b].weight.grad is not None]
+                active = self._on_all_ranks(active, refuse=True)
             except BaseException:
                 buffers.restore()
                 raise
-            active = [b for b in self._seen if self.layers[b].weight.grad is not None]
             self._descend(active, scale)
             self._fallback_step(n for b in self.blocks if b not in active for n in self.blocks[b])
             if active:
@@ -283,6 +284,7 @@ class KBFGS(CurvatureOptimizer):
     def _learn(self, active: list[str], scale: float) -> None:
         """Steps 4 to 7: pairs, output factors, input factors."""
         again = [b for b in active if self._seen[b].second.outputs is not None]
+        again = self._on_all_ranks(again)
         found: list[Tensor] = []
         for block in again:
             seen = self._seen[block]

@@ -185,7 +185,7 @@ class KFAC(CurvatureOptimizer):
             if overflow:
                 return loss
             self._check_loss(loss, lambda: self._culprit(closure))
-            active = self._active(closure)
+            active = self._on_all_ranks(self._active(closure), refuse=True)
             self._update_factors(active, scale)
         except BaseException:
             if buffers is not None:

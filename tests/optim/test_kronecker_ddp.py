@@ -11,12 +11,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from curvscope.optim import KBFGS, KFAC
+from curvscope.errors import ModelError
+from curvscope.optim import KBFGS, KFAC, AdaFisher
 
-from .kronecker_cases import closure_of, flat, labels, normal, relative, small
+from .kronecker_cases import closure_of, flat, labels, normal, relative, seeded, small
 
 STEPS, BATCH = 4, 8
 METHODS: dict[str, Any] = {
@@ -72,3 +73,44 @@ def test_two_ranks_are_one_process_with_the_joint_batch(tmp_path: Path, name: st
     found = torch.load(tmp_path / "weights.pt", weights_only=True)
     assert relative(found, flat(model)) < 1e-12
     assert relative(found, start) > 0.05
+
+
+class Gated(nn.Module):
+    """Its second layer runs where it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.always, self.sometimes, self.on = nn.Linear(5, 3), nn.Linear(5, 3), True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.always(x) + self.sometimes(x if self.on else x[:0]).sum(0)
+
+
+def uneven_worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(os.path.join(folder, "store"), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    try:
+        for make, options in [*METHODS.values(), (AdaFisher, {"update_every": 1})]:
+            model = seeded(Gated)
+            wrapped = DistributedDataParallel(model)
+            optimizer = make(wrapped, 0.01, 0.3, **options)
+            optimizer.step(closure_of(optimizer, wrapped, *batch(rank)))
+            model.on = rank == 0
+            before = flat(model)
+            closure = closure_of(optimizer, wrapped, *batch(2 + rank))
+            if make is AdaFisher:  # its diagonals can wait
+                learned = optimizer.factors("sometimes")["H_D"]
+                optimizer.step(closure)
+                assert torch.equal(optimizer.factors("sometimes")["H_D"], learned)
+                continue
+            with pytest.raises(ModelError, match="'sometimes' ran on some ranks only"):
+                optimizer.step(closure)
+            assert torch.equal(flat(model), before)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
+def test_a_layer_that_runs_on_some_ranks_only_is_refused(tmp_path: Path) -> None:
+    mp.start_processes(uneven_worker, args=(str(tmp_path),), nprocs=2, start_method="spawn")
