@@ -11,10 +11,11 @@ from torch import Tensor
 from .krylov import Krylov, Ritz
 
 DOUBT = 0.05
-"""Probability with which the check may miss an eigenvalue."""
+"""Probability with which the check may miss the least visible copy; others it misses less."""
 _LEAST = 8
 _SHARE = 0.15  # of the products so far, which the check may take
 _MOST = 40
+_PATIENCE = 4  # products after which it gives up what would take too many
 
 
 @dataclass
@@ -27,7 +28,9 @@ class Beside:
     following: Tensor
 
 
-def look_beside(krylov: Krylov, pairs: Ritz, which: str, margin: float, most: int) -> Beside:
+def look_beside(
+    krylov: Krylov, pairs: Ritz, which: str, margin: float, most: int, *, blind: bool = False
+) -> Beside:
     """Whether the complement of the basis holds an eigenvalue that is wanted more.
 
     A Krylov space holds one vector of every eigenspace, so a multiple eigenvalue leaves its other
@@ -35,16 +38,18 @@ def look_beside(krylov: Krylov, pairs: Ritz, which: str, margin: float, most: in
     steps of Lanczos give polynomials ``p_i`` that are orthonormal for its spectral measure; an
     eigenvalue ``x`` outside the Ritz values has a weight ``(u . r)^2`` of at most
     ``1 / sum_i p_i(x)^2`` (the Christoffel function), and a random vector has so little of any
-    ``u`` with a probability that is known. There is nothing where that is below 5 %
-    (for a matrix that has a missing copy at all).
+    ``u`` with a probability that is known. There is nothing where that is below 5 % (for a matrix
+    that has a missing copy at all), or where a complement of few dimensions has been spanned.
+
+    ``blind`` says that the start may have been without whole eigenspaces, which then count too.
     """
     known = krylov.basis[: krylov.count]
     left = krylov.meter.size - krylov.count
-    vector = krylov.random(1)
+    below, above = _limits(pairs, which)
+    edges = _edges(pairs, below - margin, above + margin, blind)
+    vector = krylov.random(1) if edges else known[:0]
     if not len(vector):
         return Beside(False, vector, vector, vector)
-    below, above = _limits(pairs, which)
-    edges = [x for x in (below - margin, above + margin) if math.isfinite(x)]
     growth = [_Growth(edge) for edge in edges]
     goal = math.log(DOUBT**2 * math.pi / (2 * left * len(edges) ** 2))
     most = min(most, left, max(_LEAST, min(_MOST, int(_SHARE * krylov.meter.used))))
@@ -73,11 +78,11 @@ def look_beside(krylov: Krylov, pairs: Ritz, which: str, margin: float, most: in
             missing = False
         else:
             weights = [g.step(alphas[-1], length) for g in growth]
-            if max(weights) <= goal:
+            if max(weights) <= goal and left > _LEAST:  # a few directions are all looked at
                 missing = False
         following = rest.new_empty(0, len(rest)) if over else (rest / length).unsqueeze(0)
         hopeless = False
-        if missing is None and len(rows) >= 4:
+        if missing is None and len(rows) >= _PATIENCE and left > _LEAST:
             slope = max(g.slope for g in growth)
             expected = len(rows) + (max(weights) - goal) / -slope if slope < 0 else math.inf
             hopeless = expected > most
@@ -139,6 +144,20 @@ def bounds(chain: list[tuple[float, float]], size: int, confidence: float) -> tu
             near, far = (near, middle) if beyond(middle, sign) else (middle, far)
         ends.append(far)
     return low - ends[0], high + ends[1]
+
+
+def _edges(pairs: Ritz, below: float, above: float, blind: bool) -> list[float]:
+    """From where on outwards something may be missing.
+
+    What a random start sees of an eigenspace has been found, so that only copies of the found
+    ones can be missing, and those of the last one change nothing.
+    """
+    if blind:
+        return [x for x in (below, above) if math.isfinite(x)]
+    low, high = pairs.values + pairs.residuals, pairs.values - pairs.residuals
+    low, high = low[pairs.values < below], high[pairs.values > above]
+    edges = [min(below, float(low.max()))] if len(low) else []
+    return edges + ([max(above, float(high.min()))] if len(high) else [])
 
 
 def _limits(pairs: Ritz, which: str) -> tuple[float, float]:

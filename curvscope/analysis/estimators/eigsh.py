@@ -84,9 +84,10 @@ def eigsh(
     matrices of up to 2,000 rows, takes the Gram matrix of ``V`` for ``V V^T`` of low rank, and
     ``"lanczos"`` otherwise. ``block`` vectors are multiplied at once: more cost more products, but
     those of a network share its passes. ``v0`` ``[P]`` or ``[P, block]`` is the start (default:
-    Gaussian from ``seed``). ``copies=True`` adds a last look beside the subspace, of about five
+    Gaussian from ``seed``). ``copies=True`` adds a last look beside the subspace, of about three
     products, for copies of multiple eigenvalues, which no iteration from one vector sees (SciPy's
-    does not look for them); a warning says where it could not decide. ``checkpoint`` names a file
+    does not look for them): it overlooks one with a probability of at most 5 %, and a warning says
+    where it could not decide. ``checkpoint`` names a file
     from which the same call goes on after an interruption, with the same result; it takes one more
     product.
 
@@ -146,6 +147,7 @@ def eigsh(
                 keeper=keeper,
                 seed=seed,
                 copies=copies and (k > (2 if which == "BE" else 1) or v0 is not None),
+                blind=v0 is not None,
             )
     else:
         if checkpoint is not None:
@@ -280,13 +282,14 @@ def solve(
     seed: int,
     slack: float = SLACK,
     copies: bool = True,
+    blind: bool = False,
     settled: Callable[[Krylov, Ritz], bool] = lambda krylov, pairs: True,
 ) -> Found:
     """Block Lanczos until ``k`` pairs have converged or ``most`` products are spent.
 
     ``copies=False`` leaves out the look for further copies of multiple eigenvalues, which change
-    nothing where the outermost one alone is wanted and the start is random. ``settled`` may ask
-    for more than small residuals.
+    nothing where the outermost one alone is wanted and the start is random. ``blind`` says that
+    the start may lack whole eigenspaces. ``settled`` may ask for more than small residuals.
     """
     room = _capacity(meter.size, start.element_size(), k, start.shape[1])
     krylov = Krylov(meter, start, room, seed=seed)
@@ -302,7 +305,7 @@ def solve(
                 return _found(krylov, pairs, tol, slack, "The basis spans the whole space.")
             limits = thresholds(pairs, tol, krylov.eps, slack)
             if bool((pairs.residuals <= limits).all()) and settled(krylov, pairs):
-                done = _settle(krylov, pairs, limits, which, most, warnings, copies)
+                done = _settle(krylov, pairs, limits, which, most, warnings, copies, blind)
                 if done is not None:
                     return _found(krylov, pairs, tol, slack, done, tuple(warnings))
                 if krylov.count >= meter.size:
@@ -333,6 +336,7 @@ def _settle(
     most: int,
     warnings: list[str],
     copies: bool,
+    blind: bool,
 ) -> str | None:
     """Why these pairs are final, or ``None`` if the iteration has to go on."""
     _, true = krylov.residuals(pairs)
@@ -350,13 +354,15 @@ def _settle(
     if left < 1:
         warnings.append("The budget did not allow to look for further copies of multiple ones.")
         return f"{met}; the budget is spent."
-    beside = look_beside(krylov, pairs, which, margin, left)
+    beside = look_beside(krylov, pairs, which, margin, left, blind=blind)
     if beside.missing is None:
         warnings.append(
             "Whether an eigenvalue that belongs to the wanted ones is missing (a copy of a "
             "multiple one) could not be decided; a larger budget= or block=2 would tell."
         )
         return f"{met}."
+    if not beside.missing and not len(beside.basis):
+        return f"{met}; copies of multiple ones would change nothing within the tolerance."
     if not beside.missing:
         return f"{met} and nothing larger was found beside the subspace."
     krylov.merge(beside.basis, beside.images, beside.following)
