@@ -81,11 +81,13 @@ def leading_by_products(
     device: torch.device | str = "cpu",
     steps: int = _STEPS,
     tol: float = _TOL,
+    positive: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Lanczos with full reorthogonalisation: values, vectors ``[d, count]`` and residuals.
 
     ``product`` maps ``[d]`` to ``[d]`` in float64. At most ``steps`` products; stops once all
-    residuals are below ``tol`` times the largest magnitude. Values are ordered by magnitude.
+    residuals are below ``tol`` times the first value's magnitude. Values are ordered by magnitude,
+    or with ``positive`` by value, so that the first is the largest.
     """
     steps = min(steps, size)
     basis = torch.zeros(steps, size, dtype=torch.float64, device=device)
@@ -99,12 +101,13 @@ def leading_by_products(
         for _ in range(2):  # once is not enough (Parlett)
             image -= basis[: step + 1].mT @ (basis[: step + 1] @ image)
         length = float(image.norm())
-        values, rotation = _small(diagonal, beside)
-        order = values.abs().argsort(descending=True, stable=True)[:count]
+        values, rotation = of_tridiagonal(diagonal, beside)
+        top = float(values.abs().max())
+        ranked = values if positive else values.abs()
+        order = ranked.argsort(descending=True, stable=True)[:count]
         values, rotation = values[order], rotation[:, order]
         residuals = length * rotation[-1].abs()
-        top = float(values.abs().max())
-        done = len(order) == count and float(residuals.max()) <= tol * top
+        done = len(order) == count and float(residuals.max()) <= tol * float(values[0].abs())
         if done or step == steps - 1 or length <= 1e-14 * max(top, math.ulp(1.0)):
             vectors = basis[: step + 1].mT @ rotation.to(device)
             return values, vectors, residuals
@@ -113,7 +116,8 @@ def leading_by_products(
     raise AssertionError("unreachable")
 
 
-def _small(diagonal: list[float], beside: list[float]) -> tuple[Tensor, Tensor]:
+def of_tridiagonal(diagonal: list[float], beside: list[float]) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, ascending, and vectors of a matrix: its entries on and beside the diagonal."""
     tridiagonal = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
     if beside:
         off = torch.tensor(beside, dtype=torch.float64)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -59,6 +60,16 @@ class WholeOperator(AutogradOperator):
             f"{counted(len(self.members), 'block')} by {routes}, products by autograd, "
             f"{str(self.dtype)[6:]})"
         )
+
+    def focused(self, names: Iterable[str]) -> WholeOperator:
+        """The same matrix with some of its blocks only, so that no other one is computed with them.
+
+        Plans and computed blocks are shared.
+        """
+        other = copy.copy(self)
+        other.members = {name: self.members[name] for name in names}
+        other._plans = self.plans
+        return other
 
     @property
     def plans(self) -> dict[str, BlockPlan]:

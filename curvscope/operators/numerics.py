@@ -19,6 +19,7 @@ from ..errors import (
 )
 
 CHUNK = 2**24
+_TILE = 256  # rows of a tile that a processor keeps at hand
 """Numbers that one temporary of a chunked computation may hold (128 MiB in float64)."""
 
 
@@ -68,11 +69,7 @@ def symmetric(name: str, matrix: Tensor) -> Tensor:
         raise ShapeError(f"{name} must be square, not of shape {list(matrix.shape)}.")
     if not matrix.numel():
         return matrix
-    rows = max(1, CHUNK // max(1, matrix.numel() // matrix.shape[-1]))
-    gap = max(
-        float((matrix[..., r, :] - matrix[..., r].mT).abs().amax())
-        for r in (slice(start, start + rows) for start in range(0, matrix.shape[-1], rows))
-    )
+    gap = _asymmetry(matrix)
     if gap == 0:
         return matrix
     size = max(abs(float(x)) for x in torch.aminmax(matrix))
@@ -83,6 +80,24 @@ def symmetric(name: str, matrix: Tensor) -> Tensor:
             "pass (M + M.T) / 2 if that is what you mean."
         )
     return (matrix + matrix.mT) / 2
+
+
+def _asymmetry(matrix: Tensor) -> float:
+    """The largest difference of an entry and its mirror image, tile by tile of one half.
+
+    Tiles stay in the cache, where whole rows against whole columns are read at random.
+    """
+    size, each = matrix.shape[-1], max(1, matrix.numel() // matrix.shape[-1] ** 2)
+    side = max(1, math.isqrt(CHUNK // each))
+    if matrix.device.type == "cpu":
+        side = min(side, _TILE)
+    found = [
+        (matrix[..., above, beside] - matrix[..., beside, above].mT).abs().amax()
+        for start in range(0, size, side)
+        for above in (slice(start, start + side),)
+        for beside in (slice(left, left + side) for left in range(start, size, side))
+    ]
+    return float(torch.stack(found).amax())  # NaN if any is
 
 
 def total(values: Tensor) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..errors import OptionError
@@ -23,7 +23,9 @@ class Account:
     """One measure: seconds used, how often it was taken, thinned out and failed.
 
     ``steady``: cheap and taken at every step; see :class:`Budget`. ``exempt``: not of the budget.
-    ``outside``: seconds that were not the budget's, at assured steps.
+    ``outside``: seconds that were not the budget's, at assured steps. ``blocks``: of a measure
+    taken by block, how often each was taken and the seconds that it is expected to take; ``count``
+    is how many there are, ``whole`` how often all were taken at once.
     """
 
     weight: float = 1.0
@@ -37,6 +39,9 @@ class Account:
     in_succession: int = 0  # failures since the last success
     estimate: float = math.nan
     waiting: bool = False  # was due, and could not be afforded
+    blocks: dict[str, list[float]] = field(default_factory=dict)
+    count: int = 0
+    whole: int = 0
 
     def spend(self, seconds: float, *, outside: bool = False) -> None:
         """Book one measurement, ``outside`` the budget or within."""
@@ -47,9 +52,36 @@ class Account:
         if self.steady:
             self.estimate = self.used / max(1, self.taken + self.failed)
             return
-        old = self.estimate
-        # a measurement that takes longer counts at once, one that takes less by and by
-        self.estimate = seconds if not old < math.inf else max(seconds, (old + seconds) / 2)
+        self.estimate = _expected(self.estimate, seconds)
+
+    def spend_on(self, block: str, seconds: float) -> None:
+        """Book the measurement of one block, within the budget."""
+        self.spend(seconds)
+        times, old = self.blocks.get(block, (0, math.nan))
+        self.blocks[block] = [times + 1, _expected(old, seconds)]
+
+    def times(self, block: str) -> float:
+        """How often a block was measured; ``""`` is the measure as a whole."""
+        return self.blocks.get(block, (0,))[0] if block else self.taken
+
+    def expected(self, block: str) -> float:
+        """Seconds of the next measurement of a block, NaN if not known; ``""`` is the whole."""
+        return self.blocks.get(block, (0, math.nan))[1] if block else self.estimate
+
+    @property
+    def rounds(self) -> int:
+        """How often every block was measured."""
+        complete = len(self.blocks) >= self.count
+        return self.whole + int(min((n for n, _ in self.blocks.values()), default=0) * complete)
+
+    def in_turn(self, blocks: Iterable[str]) -> list[str]:
+        """The blocks, those first that were measured least."""
+        return sorted(blocks, key=self.times)
+
+
+def _expected(old: float, seconds: float) -> float:
+    # a measurement that takes longer counts at once, one that takes less by and by
+    return seconds if not old < math.inf else max(seconds, (old + seconds) / 2)
 
 
 class Budget:
@@ -131,6 +163,11 @@ class Budget:
         return self.spent + running
 
     @property
+    def overhead(self) -> float:
+        """Seconds of the monitor over those of training."""
+        return self.total / self.training if self.training else 0.0
+
+    @property
     def allowance(self) -> float:
         """Seconds that may be spent now."""
         if self.share is None:
@@ -180,7 +217,7 @@ class Budget:
             "training": self.training,
             "spent": self.spent,
             "outside": self.outside,
-            "accounts": {name: vars(a).copy() for name, a in self.accounts.items()},
+            "accounts": {name: asdict(a) for name, a in self.accounts.items()},
         }
 
     def load(self, state: dict[str, Any]) -> None:

@@ -35,20 +35,23 @@ _PARTNER = {
 OF_CURVATURE = ("error", "best", "staleness", "preconditioner")
 """Measures of the optimizer's matrix: nothing without one."""
 
+DEFAULT = ("loss", "gradient", "update", "error", "preconditioner", "diagnostics", "sharpness")
+"""What a monitor measures by default, as far as the optimizer has it."""
+
 _COLUMNS = ("status", "size", "family", "damping")
 
 
 def passes(moment: Moment) -> float:
-    """About how many gradients the blocks of the reference cost.
+    """About how many gradients the moment's blocks of the reference cost.
 
     One backward pass per output by the Gauss-Newton routes, two per output unit and position of a
     layer or three per parameter for the other blocks of a Hessian.
     """
-    key = f"passes {moment.reference_name}"
+    key = " ".join(["passes", moment.reference_name, *(moment.only or ())])
     if key not in moment.memo:
         op: Any = moment.reference
         outputs = moment.outputs_per_sample
-        routes = {name: op.route_of(name) for name in op.members}
+        routes = {name: op.route_of(name) for name in moment.blocks}
         total = 2.0 * outputs if {"gram", "piecewise-linear"} & set(routes.values()) else 0.0
         for name, route in routes.items():
             plan = op.plans[name]
@@ -96,11 +99,11 @@ class _Compared(Measure):
         if not others:
             return []
         found = compare(
-            moment.reference,
+            moment.focused,
             others,
             metrics=self.metrics,
             best_in_class=self.best,
-            blocks=list(moment.problem.blocks),
+            blocks=moment.blocks,
             seed=moment.seed,
         )
         return comparison_rows(
@@ -109,7 +112,7 @@ class _Compared(Measure):
 
     def price(self, moment: Moment) -> float:
         """That of the reference's blocks, and as much again for the comparison."""
-        return 8.0 + 0.75 * passes(moment)
+        return 4.0 + 0.5 * passes(moment)
 
 
 @register
@@ -118,11 +121,13 @@ class Error(_Compared):
 
     The numbers are those of ``cs.compare(reference, {method: optimizer.curvature()}, metrics=...,
     best_in_class=False)`` on the probe. ``damped=False`` compares the raw factors of optimizers
-    that have them. ``metrics`` are any of ``cs.compare``.
+    that have them. ``metrics`` are any of ``cs.compare``. Within a budget, each visit takes the
+    blocks there is time for, those first that were taken least.
     """
 
     name = "error"
-    weight = 8.0
+    weight = 6.0
+    by_block = True
 
     def __init__(
         self, *, metrics: Sequence[str] = ("error", "cosine"), damped: bool = True
@@ -325,3 +330,11 @@ def _share(diagonal: Tensor, norm: float) -> dict[str, float]:
         "share": on / energy,
         "null_share": (trace * trace + 2 * energy) / ((d + 2) * energy),
     }
+
+
+def defaults(optimizer: Any, known: bool) -> tuple[str, ...]:
+    """The default measures; ``known`` says whether the optimizer's curvature can be read."""
+    names = DEFAULT if known else tuple(n for n in DEFAULT if n not in OF_CURVATURE)
+    if not callable(getattr(optimizer, "diagnostics", None)):
+        names = tuple(n for n in names if n != "diagnostics")
+    return names

@@ -30,7 +30,8 @@ class Measure:
     ``needs_before`` says that it compares with the moment before the step (``moment.previous``),
     on which :meth:`before` is called. ``disturbs`` is false for those that neither evaluate the
     model nor draw random numbers; ``steady`` is true for those that take microseconds, which have
-    a part of the budget to themselves.
+    a part of the budget to themselves; ``by_block`` for those whose :meth:`take` measures
+    ``moment.blocks`` only, so that a budget can take them in parts.
     """
 
     name: ClassVar[str] = ""
@@ -39,6 +40,7 @@ class Measure:
     needs_before: ClassVar[bool] = False
     disturbs: ClassVar[bool] = True
     steady: ClassVar[bool] = False
+    by_block: ClassVar[bool] = False
 
     def take(self, moment: Moment) -> Rows:
         """The rows of the record; a row may hold ``"tensors"``, a dictionary of them."""

@@ -29,7 +29,8 @@ class Moment:
     ``step`` counts from 1; ``loss`` is what the loop handed over (a number, NaN if nothing);
     ``problem`` is the probe, a :class:`~curvscope.Problem`; ``optimizer`` as given; ``seed`` for
     whatever a measure draws; ``memo`` a dictionary that outlives the moment (small things only);
-    ``previous`` the moment before, for measures that ask for it by ``needs_before``.
+    ``previous`` the moment before, for measures that ask for it by ``needs_before``; ``only`` the
+    names of the blocks to be measured now, of measures that are taken by block.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Moment:
         self.seed = seed
         self.memo = {} if memo is None else memo
         self.previous = previous
+        self.only: list[str] | None = None
 
     @property
     def given(self) -> bool:
@@ -102,6 +104,17 @@ class Moment:
     def reference(self) -> Operator:
         """The exact matrix on the probe: that which the monitor was asked to compare with."""
         return REFERENCES[self.reference_name](self.problem)
+
+    @property
+    def blocks(self) -> list[str]:
+        """Names of the blocks to be measured: all of the problem, or ``only`` some."""
+        return list(self.problem.blocks) if self.only is None else self.only
+
+    @property
+    def focused(self) -> Operator:
+        """The reference with these blocks alone, which spares the work for the others."""
+        whole: Any = self.reference
+        return self.reference if self.only is None else whole.focused(self.only)
 
     @cached_property
     def hessian(self) -> Operator:

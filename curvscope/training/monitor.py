@@ -14,11 +14,11 @@ import torch
 
 from ..errors import OptionError, RunError, StopTraining, check_option
 from ..problem import Problem, require_problem
-from . import identity, spectral_measures  # noqa: F401  (registers measures)
+from . import identity, spectral_measures, summary  # noqa: F401  (registers measures)
 from .adapters import adapter_of
 from .alarms import Alarm, AlarmEvent, MonitorWarning, Watch, default_alarms
 from .budget import Budget
-from .curvature_measures import OF_CURVATURE
+from .curvature_measures import OF_CURVATURE, defaults
 from .measures import choose
 from .moment import REFERENCES, Moment
 from .probe import make_probe
@@ -28,7 +28,6 @@ from .schedules import At
 from .snapshots import SnapshotMeasure, Snapshots
 from .taking import ENOUGH, Taker
 
-DEFAULT = ("loss", "gradient", "update", "error", "preconditioner", "diagnostics", "sharpness")
 _OWN = __name__.partition(".")[0] + "."
 
 
@@ -67,7 +66,7 @@ class Monitor:
         Steps at which everything that is due is measured whatever the budget. What that takes is
         not the budget's; the run has it as ``outside``.
     probe
-        Where curvature is measured: a number of samples (default 256) drawn once from the problem,
+        Where curvature is measured: a number of samples (default 64) drawn once from the problem,
         ``"all"``, ``"current"`` (the batch given to :meth:`step`), or a Problem.
     reference
         The exact matrix: ``"ggn"`` or ``"hessian"``.
@@ -148,7 +147,7 @@ class Monitor:
         self.problem, self.optimizer, self.reference = problem, optimizer, reference
         self.seed, self.strict, self.on_alarm = seed, strict, on_alarm
         known = callable(getattr(optimizer, "curvature", None)) or adapter_of(optimizer)
-        self.measures = choose(measures, every, _defaults(optimizer, bool(known)))
+        self.measures = choose(measures, every, defaults(optimizer, bool(known)))
         if isinstance(snapshots, str):
             snapshots = Snapshots(snapshots)
         if snapshots is not None:
@@ -269,7 +268,7 @@ class Monitor:
     @property
     def overhead(self) -> float:
         """Seconds of the monitor over seconds of training so far."""
-        return self.budget.total / self.budget.training if self.budget.training else 0.0
+        return self.budget.overhead
 
     # -- records ---------------------------------------------------------------------------------
 
@@ -387,62 +386,12 @@ class Monitor:
         self.budget.enter()
         budget = self.budget
         if self._begun:
-            accounts = budget.accounts.items()
             state = "finished" if failed is None else f"ended by {type(failed).__name__}"
-            summary = {"event": state, "spent": budget.total, "share": self.overhead}
-            if budget.outside:
-                summary["outside"] = budget.outside
-            rows = [summary] + [
-                {
-                    "event": "measure",
-                    "of": name,
-                    "taken": a.taken,
-                    "thinned": a.thinned,
-                    "failed": a.failed,
-                    "used": a.used,
-                    "outside": a.outside,
-                }
-                for name, a in accounts
-            ]
+            rows = summary.rows(budget, state)
             self.recorder.write(self.steps, "monitor", rows, budget.training)
         self.recorder.close()
         budget.leave()
         if failed is None:
-            for message in self._complaints():
+            begun = self.steps if self._begun else None
+            for message in summary.complaints(self.measures, budget, begun):
                 self._warn(message)
-
-    def _complaints(self) -> list[str]:
-        if not self._begun:
-            return [
-                "monitor.step() was never called, so nothing was measured: call it after every "
-                "optimizer.step(), inside the loop."
-            ]
-        found, dear = [], []
-        for measure, when in self.measures:
-            account = self.budget.accounts[measure.name]
-            if account.taken or account.failed:
-                continue
-            if account.thinned:
-                need = account.estimate
-                price = f" ({need:.2g} s each)" if need == need else ""
-                dear.append(f"{measure.name!r}, due {account.thinned} times{price}")
-            else:
-                found.append(
-                    f"The schedule {when!r} of {measure.name!r} never came up in {self.steps} "
-                    "steps: choose one that fits the length of the training."
-                )
-        if dear:
-            found.append(
-                f"Never fitted into the budget of {100 * (self.budget.share or 0):g} % of "
-                f"{self.budget.training:.3g} s: {'; '.join(dear)}. Train longer, raise "
-                "budget=, take a smaller probe=, or name steps in assured=, which are measured "
-                "in any case."
-            )
-        return found
-
-
-def _defaults(optimizer: Any, known: bool) -> tuple[str, ...]:
-    names = DEFAULT if known else tuple(n for n in DEFAULT if n not in OF_CURVATURE)
-    if not callable(getattr(optimizer, "diagnostics", None)):
-        names = tuple(n for n in names if n != "diagnostics")
-    return names

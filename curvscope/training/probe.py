@@ -6,20 +6,22 @@ from typing import Any
 
 import torch
 
-from ..errors import OptionError
+from ..errors import DataError, OptionError
 from ..problem import Problem, state
 from ..problem.data import sample_count, select
+from .subjects import joined
 
-SAMPLES = 256
+SAMPLES = 64
 
 
 def make_probe(problem: Problem, probe: Any, seed: int) -> Problem | None:
     """The probe as a Problem; ``None`` for the batch of each step.
 
     ``probe`` is a number of samples, ``"all"`` (the problem as given), ``"current"``, a
-    :class:`Problem`, or ``None`` for 256 samples at most. Samples are those of
+    :class:`Problem`, or ``None`` for 64 samples at most. Samples are those of
     ``problem.subset(n, seed)`` where the data are a list, the first ones of a loader otherwise:
-    nothing is evaluated, and no more of a loader is read than needed.
+    nothing is evaluated, and no more of a loader is read than needed. They are put into one batch,
+    which is cheaper than several, unless that is larger than any of the problem's.
     """
     if probe == "current":
         return None
@@ -47,18 +49,30 @@ def make_probe(problem: Problem, probe: Any, seed: int) -> Problem | None:
         if len(mine):
             parts.append((select(inputs, mine, size), select(targets, mine, size)))
         start += size
-    return problem.with_data(parts)
+    return _together(problem, parts, max(sizes))
 
 
 def _first(problem: Problem, wanted: int, seed: int) -> Problem:
-    parts, left = [], wanted
+    parts, left, largest = [], wanted, 0
     with state.random_state(), problem.data.preserved():
         problem.data.seed(seed)
         for inputs, targets in problem.data:
             size = sample_count(inputs, targets)
-            index = torch.arange(min(size, left))
+            index, largest = torch.arange(min(size, left)), max(largest, size)
             parts.append((select(inputs, index, size), select(targets, index, size)))
             left -= len(index)
             if left <= 0:
                 break
+    return _together(problem, parts, largest)
+
+
+def _together(problem: Problem, parts: list[tuple[Any, Any]], largest: int) -> Problem:
+    """A Problem of these samples, in one batch if that may be."""
+    size = sum(sample_count(*part) for part in parts)
+    if len(parts) > 1 and size <= max(largest, SAMPLES) and problem.batchnorm != "batch":
+        try:
+            inputs, targets, _ = joined(parts)
+        except DataError:  # sequences of several lengths
+            return problem.with_data(parts)
+        parts = [(inputs, targets)]
     return problem.with_data(parts)

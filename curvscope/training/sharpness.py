@@ -8,18 +8,25 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..analysis.lanczos import of_tridiagonal
 from ..operators import Operator
 
 
 def preconditioned_sharpness(
-    product: Callable[[Tensor], Tensor], P: Operator, *, steps: int = 12, seed: int = 0
+    product: Callable[[Tensor], Tensor],
+    P: Operator,
+    *,
+    steps: int = 12,
+    seed: int = 0,
+    tol: float = 0.0,
 ) -> float:
     """The largest eigenvalue of ``P H`` for positive definite ``P`` and symmetric ``H``.
 
     Lanczos in the inner product of ``P^-1``, in which ``P H`` is symmetric: with ``q_j``
     orthonormal in it and ``m_j = P^-1 q_j`` it needs products with ``H`` and ``P`` only, ``steps``
-    of each. Source: Parlett, *The Symmetric Eigenvalue Problem*, section 15.11;
-    the result is a Ritz value, at most the eigenvalue. NaN if ``P`` is not positive definite.
+    of each; fewer once the residual is below ``tol`` of the value. Source: Parlett, *The Symmetric
+    Eigenvalue Problem*, section 15.11; the result is a Ritz value, at most the eigenvalue. NaN if
+    ``P`` is not positive definite.
     """
 
     def apply(vector: Tensor) -> Tensor:
@@ -33,13 +40,14 @@ def preconditioned_sharpness(
     beside: list[float] = []
     duals: list[Tensor] = []
     basis: list[Tensor] = []
+    largest = last = math.nan
     for _ in range(min(steps, size)):
         square = float(rest @ image)
         if not square > 0:
             break
         length = math.sqrt(square)
         if diagonal:
-            if length <= 1e-12 * max(map(abs, diagonal)):
+            if length <= 1e-12 * max(map(abs, diagonal)) or length * last <= tol * abs(largest):
                 break
             beside.append(length)
         duals.append(rest / length)
@@ -50,10 +58,6 @@ def preconditioned_sharpness(
         for _ in range(2):
             rest = rest - M.mT @ (Q @ rest)
         image = apply(rest)
-    if not diagonal:
-        return math.nan
-    small = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
-    if beside:
-        off = torch.tensor(beside[: len(diagonal) - 1], dtype=torch.float64)
-        small += torch.diag(off, 1) + torch.diag(off, -1)
-    return float(torch.linalg.eigvalsh(small)[-1])
+        values, rotation = of_tridiagonal(diagonal, beside)
+        largest, last = float(values[-1]), float(rotation[-1, -1].abs())
+    return largest

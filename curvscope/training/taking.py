@@ -58,13 +58,17 @@ class Taker:
         self._measures = [
             (m, s, budget.accounts[m.name], type(m).price is not Measure.price) for m, s in measures
         ]
+        blocks = (problem if probe is None else probe).blocks
+        for measure, _ in measures:
+            if measure.by_block:
+                budget.accounts[measure.name].count = len(blocks)
         self._steady = [entry for entry in self._measures if entry[2].steady]
         self._others = [entry for entry in self._measures if not entry[2].steady]
         self._quiet_until: float = 0  # before this step none of the others is due
         self._shapes = {n: tuple(p.shape) for n, p in problem.user_model.named_parameters()}
         self._planned: dict[str, float] = {}  # measures of the next step: seconds spent already
         self._previous: Moment | None = None
-        self._first: dict[str, float] = {}  # estimates of measures that were never taken
+        self._first: dict[tuple[str, str], float] = {}  # estimates of what was never taken
         self._preparing = 0.0  # seconds from the beginning of the last visit to its first measure
         self._at_hand = 0.0  # seconds there were for prices when a visit began, less what they took
         self.memo: dict[str, Any] = {}
@@ -125,7 +129,9 @@ class Taker:
                 moment.problem = self._current(batch)
             self._preparing = self.budget.clock() - began
             for measure, _, account, _ in sorted(dear, key=lambda e: e[2].used / e[0].weight):
-                if measure.needs_before or self._affordable(measure, account, moment):
+                if measure.by_block and not self._unlimited(account):
+                    self._take_blocks(measure, account, moment)
+                elif measure.needs_before or self._affordable(measure, account, moment):
                     self._take(measure, account, moment, planned.get(measure.name, 0.0))
             for measure, _, account, _ in ahead:
                 self._prepare(measure, account, moment, step + 1 in self._assured)
@@ -147,6 +153,7 @@ class Taker:
             rows = measure.take(moment)
             account.in_succession = 0
             account.taken += 1
+            account.whole += 1
             self._reports.record(measure.name, rows)
         except StopTraining:
             raise
@@ -157,6 +164,39 @@ class Taker:
             account.spend(spent + seconds, outside=self._free)
             if account.exempt:
                 self.budget.forgive(seconds)
+
+    def _take_blocks(self, measure: Measure, account: Account, moment: Moment) -> None:
+        """As many blocks as there is time for, each of them once, in one record."""
+        rows: list[dict[str, Any]] = []
+        taken, failed, estimate = 0, False, math.nan
+        for block in self._pieces(measure, account):
+            moment.only = [block]
+            estimate = self._estimate(measure, account, moment, block)
+            if not self._allowed(measure, account, estimate, block):
+                if account.waiting:
+                    break
+                continue  # too dear for a training as long as this one is yet
+            start = self.budget.clock()
+            try:
+                rows += measure.take(moment)
+                taken += 1
+            except StopTraining:
+                raise
+            except Exception as error:
+                failed = True
+                self._fail(measure, account, error)
+                break
+            finally:
+                account.spend_on(block, self.budget.clock() - start)
+        moment.only = None
+        if not failed and not taken:
+            self._thin(measure, account, estimate)
+            return
+        if not failed:
+            account.in_succession = 0
+        if taken:
+            account.taken += 1
+            self._reports.record(measure.name, rows)
 
     def _prepare(
         self, measure: Measure, account: Account, moment: Moment, assured: bool = False
@@ -184,38 +224,68 @@ class Taker:
         estimate = account.estimate if account.estimate == account.estimate else 0.0
         return Timing(account.used, self.budget.training, estimate)
 
+    def _unlimited(self, account: Account) -> bool:
+        return self._free or self.budget.share is None or account.exempt
+
+    def _pieces(self, measure: Measure, account: Account) -> list[str]:
+        """What a measure is taken in: its blocks in turn, or ``""`` for the whole."""
+        if not measure.by_block:
+            return [""]
+        probe = self.problem if self.probe is None else self.probe
+        return account.in_turn(probe.blocks)
+
     def _conceivable(self, measure: Measure, _: Schedule, account: Account, priced: bool) -> bool:
         """Whether there may be time for a measure, before anything is done for it."""
         budget = self.budget
         if account.in_succession >= ENOUGH:
             return False
-        if self._free or budget.share is None or account.exempt:
+        if self._unlimited(account):
             return True
-        least = account.estimate
-        if least != least:
-            least = self._first.get(measure.name, math.nan)
-        if least == least:
-            # without what preparing takes, every visit would spend what the next one waits for
-            ahead = self._preparing if measure.disturbs else 0.0
-            may = budget.allows(measure.name, least, first=account.taken == 0, preparing=ahead)
-        else:  # what finding out takes, before anything is spent on it
-            unit = self.memo.get("unit")
-            wait = budget.mean_step if unit is None else _PRICING * float(unit)
-            may = budget.allowance >= (wait if priced else 0.0)
-            account.waiting = priced and not may  # for its price
-        return may or self._thin(measure, account, least)
+        least = math.nan
+        for piece in self._pieces(measure, account):
+            least = account.expected(piece)
+            if least != least:
+                least = self._first.get((measure.name, piece), math.nan)
+            if least == least:
+                # without what preparing takes, every visit would spend what the next waits for
+                ahead = self._preparing if measure.disturbs else 0.0
+                may = self._allowed(measure, account, least, piece, ahead)
+            else:  # what finding out takes, before anything is spent on it
+                unit = self.memo.get("unit")
+                wait = budget.mean_step if unit is None else _PRICING * float(unit)
+                may = budget.allowance >= (wait if priced else 0.0)
+                account.waiting = priced and not may  # for its price
+            if may:
+                return True
+            if account.waiting:
+                break
+        return self._thin(measure, account, least)
+
+    def _allowed(
+        self,
+        measure: Measure,
+        account: Account,
+        estimate: float,
+        piece: str,
+        preparing: float = 0.0,
+    ) -> bool:
+        first = account.times(piece) == 0
+        return self.budget.allows(measure.name, estimate, first=first, preparing=preparing)
 
     def _affordable(self, measure: Measure, account: Account, moment: Moment) -> bool:
-        budget = self.budget
-        if self._free or budget.share is None or account.exempt:
+        if self._unlimited(account):
             return True
-        estimate, first = account.estimate, account.taken == 0
-        if estimate != estimate:
-            estimate = self._first_estimate(measure, moment)
-        allowed = budget.allows(measure.name, estimate, first=first)
+        estimate = self._estimate(measure, account, moment)
+        allowed = self._allowed(measure, account, estimate, "")
         return allowed or self._thin(measure, account, estimate)
 
-    def _first_estimate(self, measure: Measure, moment: Moment) -> float:
+    def _estimate(
+        self, measure: Measure, account: Account, moment: Moment, piece: str = ""
+    ) -> float:
+        known = account.expected(piece)
+        return known if known == known else self._first_estimate(measure, moment, piece)
+
+    def _first_estimate(self, measure: Measure, moment: Moment, piece: str) -> float:
         """Seconds of a measure that was never taken, by its price in gradients over the probe.
 
         NaN while that cannot be known: a gradient is timed once there is time for it. What counts
@@ -224,8 +294,9 @@ class Taker:
         """
         if type(measure).price is Measure.price:
             return 0.0
-        if measure.name in self._first:
-            return self._first[measure.name]
+        key = measure.name, piece
+        if key in self._first:
+            return self._first[key]
         budget = self.budget
         start = budget.clock()
         if "unit" not in self.memo:
@@ -238,9 +309,9 @@ class Taker:
         if self._at_hand < _PRICING * unit:
             return math.nan
         checked = 0.0 if moment.problem._facts else _CHECK
-        self._first[measure.name] = (measure.price(moment) + checked) * unit
+        self._first[key] = (measure.price(moment) + checked) * unit
         self._at_hand -= budget.clock() - start
-        return self._first[measure.name]
+        return self._first[key]
 
     def _thin(self, measure: Measure, account: Account, estimate: float) -> bool:
         """Book, and now and then report, that there was no time; ``False``."""
