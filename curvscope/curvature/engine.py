@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,9 +13,10 @@ from .. import memory
 from ..errors import MemoryLimitError, OptionError, UnsupportedLayerError, check_option
 from ..problem import Problem, Snapshot
 from ..problem.data import sample_count, select
+from .along import DISAGREES, AlongGraph, agree, gap
 from .footprint import Footprint
-from .forward import gradient_along, linearised
-from .graphs import BatchGraph, HessianGraph, LinearisedGraph, Nothing, add_to, graph_bytes, split
+from .forward import linearised
+from .graphs import BatchGraph, HessianGraph, LinearisedGraph, Nothing, graph_bytes, split
 from .products import HESSIAN, Kind, output_product
 
 ENGINES = ("auto", "fresh", "retained", "vmap", "forward")
@@ -77,7 +78,7 @@ class Engine:
         self._pure = False  # whether the forward pass is known to leave the parameters alone
         self._trusted = False  # whether double backward has been compared with the adjoint
         self._vectorised: bool | None = {"vmap": True, "auto": None}.get(mode, False)
-        self._times: tuple[float, float, float] | None = None  # graph, J v backward and forward
+        self._times: Times | None = None
         self._forward_agrees: bool | None = False if mode == "vmap" else None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -104,19 +105,18 @@ class Engine:
                 total.zero_()
         keep = self._wants_to_keep()
         kept: list[BatchGraph] = []
-        everything = list(self.problem.model.parameters())
-        before = [p._version for p in everything]
-        with self.problem.session(self.at, copy=not self._pure):
+        with self.problem.session(self.at, copy=not self._pure) as members:
+            before = [p._version for p in members.parameters]
             self._used(len(rows), keep)
             generator = self.kind.generator()
             for inputs, targets in self._parts(rows):
-                graph = self._graph(inputs, targets, len(rows), generator)
+                graph = self._graph(inputs, targets, rows, generator, keep=keep)
                 self._add(graph, rows, total, retain=keep)
                 if keep:
                     kept.append(graph)
                 del graph  # before the next one is made
             self._used(len(rows), keep)
-            self._pure = [p._version for p in everything] == before
+            self._pure = [p._version for p in members.parameters] == before
         self._kept = kept if keep and self._pure else None
         return total.mT
 
@@ -198,7 +198,7 @@ class Engine:
             kept = 0
             for check in (True, False):  # the first time, derivatives are checked as well
                 with memory.PeakBytes() as peak:
-                    graph = self._graph(*part, len(rows), self.kind.generator())
+                    graph = self._graph(*part, rows, self.kind.generator())
                     if not check:
                         kept = graph_bytes(graph.roots(), self.parameters)
                     graph.add(rows, total, self.scale, vectorised=vectorised, retain=True)
@@ -208,12 +208,19 @@ class Engine:
         return Footprint.measure(sizes, samples, coupled=self.facts.coupled, limit=limit)
 
     def _graph(
-        self, inputs: Any, targets: Any, count: int, generator: torch.Generator
+        self,
+        inputs: Any,
+        targets: Any,
+        rows: Tensor,
+        generator: torch.Generator,
+        *,
+        keep: bool = False,
     ) -> BatchGraph:
+        """The graph of a batch that is to be multiplied with ``rows``."""
         problem, parameters = self.problem, self.parameters
         if self.kind.matrix == HESSIAN:
             if self.mode == "forward":
-                return _AlongGraph(self, inputs, targets)
+                return AlongGraph(self, inputs, targets)
             outputs = problem.outputs(inputs)
             if not outputs.requires_grad:
                 return Nothing()
@@ -223,44 +230,55 @@ class Engine:
             if total.requires_grad:
                 graph = HessianGraph(total, parameters, check=check)
         else:
-            graph = self._linearised(inputs, targets, count, generator)
+            graph = self._linearised(inputs, targets, rows, generator, keep)
         if self._bytes is None:
             self._bytes = graph_bytes(graph.roots(), parameters)
         return graph
 
     def _linearised(
-        self, inputs: Any, targets: Any, count: int, generator: torch.Generator
+        self, inputs: Any, targets: Any, rows: Tensor, generator: torch.Generator, keep: bool
     ) -> BatchGraph:
         problem, parameters = self.problem, self.parameters
-        outputs = problem.outputs(inputs)
+        tries = self.mode == "forward" or self._calls > 1
+        if self._forward_agrees is None and tries:
+            self._try_forward(inputs, targets)
+        use = self._forward_agrees and self._forward_pays(len(rows))
+        first = None
+        if use and not keep and self._joins(len(rows)):
+            outputs, jv = self._jvp(inputs, split(rows[0], parameters), graph=True)
+            first = rows, jv
+        else:
+            outputs = problem.outputs(inputs)
         if not outputs.requires_grad:
             return Nothing()
         samples = problem.count_samples(inputs, targets)
         middle = output_product(problem, self.kind, outputs, targets, samples, generator)
 
         def forward(parts: list[Tensor]) -> Tensor:
-            return self._jvp(inputs, parts)
+            return self._jvp(inputs, parts)[1]
 
-        tries = self.mode == "forward" or self._calls > 1
-        if self._forward_agrees is None and tries:
-            self._try_forward(inputs, targets)
-        use = self._forward_agrees and self._forward_pays(count)
         check, self._trusted = not (self._trusted or use), True
         return LinearisedGraph(
-            outputs, parameters, middle, forward=forward if use else None, check=check
+            outputs,
+            parameters,
+            middle,
+            forward=forward if use else None,
+            first=first,
+            check=check,
         )
 
-    def _jvp(self, inputs: Any, parts: list[Tensor]) -> Tensor:
+    def _jvp(
+        self, inputs: Any, parts: list[Tensor], *, graph: bool = False
+    ) -> tuple[Tensor, Tensor]:
         run = lambda: self.problem.outputs(inputs)  # noqa: E731
-        return linearised(self.problem.model, run, self.parameters, parts, graph=False)[1]
+        return linearised(self.problem.model, run, self.parameters, parts, graph=graph)
 
     # -- choices ---------------------------------------------------------------------------------
 
     def _wants_to_keep(self) -> bool:
-        free = memory.available_bytes(self.problem.device) if self.limit is None else 0
+        needed = self._needed()
         if self.mode == "retained":
-            limit = self.limit or int(0.8 * free)
-            needed = self._needed()
+            limit = self.limit or int(0.8 * memory.available_bytes(self.problem.device))
             if needed is not None and needed > limit:
                 raise MemoryLimitError(
                     f"Keeping the graphs of all batches takes {memory.format_bytes(needed)} "
@@ -268,10 +286,10 @@ class Engine:
                     "'fresh', fewer samples (problem.subset), or raise memory=."
                 )
             return True
-        needed = self._needed()
         if self.mode != "auto" or self._calls < 2 or needed is None:
             return False
-        return needed <= (self.limit or int(_SHARE * free))
+        limit = self.limit or int(_SHARE * memory.available_bytes(self.problem.device))
+        return needed <= limit
 
     def _needed(self) -> int | None:
         """Bytes of the graphs of all batches, and of what a product needs besides."""
@@ -291,7 +309,7 @@ class Engine:
             self._vectorised = False
             return
         end = time.perf_counter()
-        self._vectorised = _agree(single, batched) and end - middle < 0.9 * (middle - start)
+        self._vectorised = agree(single, batched) and end - middle < 0.9 * (middle - start)
 
     def _try_forward(self, inputs: Any, targets: Any) -> None:
         """Compare ``J v`` by forward mode with two backward passes, and time both."""
@@ -300,18 +318,14 @@ class Engine:
             index = torch.arange(max(1, samples // 8))
             inputs, targets = select(inputs, index, samples), select(targets, index, samples)
 
-        def forward(parts: list[Tensor]) -> Tensor:
-            return self._jvp(inputs, parts)
-
         outputs = self.problem.outputs(inputs)
+        if not outputs.requires_grad:
+            return
         size = sum(p.numel() for p in self.parameters)
         v = torch.randn(size, generator=torch.Generator().manual_seed(1)).to(outputs)
         parts = split(v, self.parameters)
         try:
-            forward(parts)
-            start = time.perf_counter()
-            found = forward(parts)
-            t_forward = time.perf_counter() - start
+            found, joint = (self._jvp(inputs, parts, graph=graph)[1] for graph in (False, True))
         except Exception as error:  # operations without a forward derivative: many error types
             if self.mode == "forward":
                 raise UnsupportedLayerError(
@@ -319,28 +333,47 @@ class Engine:
                 ) from error
             self._forward_agrees = False
             return
-        start = time.perf_counter()
         graph = LinearisedGraph(outputs, self.parameters, _unchanged, check=True)
-        t_graph = time.perf_counter() - start
         if graph.by_rows:
             self._forward_agrees = False
             return
-        graph.times_jacobian(parts)
-        start = time.perf_counter()
         reverse = graph.times_jacobian(parts)
-        t_reverse = time.perf_counter() - start
-        self._forward_agrees = _agree(reverse, found)
-        self._times = (t_graph / 2, t_reverse, t_forward)  # the check took a pass of its own
+        self._forward_agrees = agree(reverse, found) and agree(reverse, joint)
         if self.mode == "forward" and not self._forward_agrees:
-            raise UnsupportedLayerError(_DISAGREES.format("J v", _gap(reverse, found)))
+            worst = max(gap(reverse, found), gap(reverse, joint))
+            raise UnsupportedLayerError(DISAGREES.format("J v", worst))
+        if self._forward_agrees and self.mode != "forward":
+            self._times = self._time_ways(inputs, parts, graph)
+
+    def _time_ways(self, inputs: Any, parts: list[Tensor], graph: LinearisedGraph) -> Times:
+        """The ways to ``J v``, each twice in turn: the first run of all may be a slow one."""
+        outputs = graph.outputs
+        runs: list[Callable[[], object]] = [
+            lambda: LinearisedGraph(outputs, self.parameters, _unchanged),
+            lambda: graph.times_jacobian(parts),
+            lambda: self._jvp(inputs, parts),
+            lambda: self._jvp(inputs, parts, graph=True),
+            lambda: self.problem.outputs(inputs),
+        ]
+        rounds = [[_seconds(run, outputs.is_cuda) for run in runs] for _ in range(2)]
+        linear, reverse, forward, joint, primal = map(min, *rounds)
+        return Times(linear, reverse, forward, joint - primal)
 
     def _forward_pays(self, count: int) -> bool:
         if self.mode == "forward" or self._times is None:
             return True
-        graph, reverse, forward = self._times
+        times = self._times
         if self._wants_to_keep():
-            return forward < reverse
-        return count * forward < graph + count * reverse
+            return times.forward < times.reverse
+        first = times.joint if self._joins(count) else times.forward
+        return first + (count - 1) * times.forward < times.graph + count * times.reverse
+
+    def _joins(self, count: int) -> bool:
+        """Whether one pass gives the outputs, their graph and the first ``J v``.
+
+        That keeps the graph of ``J v`` as well for a while, more than what a limit allowed for.
+        """
+        return self.limit is None and not (count >= _TRY_FROM and self._vectorised)
 
     def _used(self, count: int, keep: bool) -> None:
         words = ["retained graphs" if keep else "a fresh graph per batch"]
@@ -355,60 +388,24 @@ class Engine:
         self.used = ", ".join(words)
 
 
+class Times(NamedTuple):
+    """Seconds, on the first batch: of the ways to ``J v``."""
+
+    graph: float  # of the linearised model, for reverse mode
+    reverse: float  # a product through it
+    forward: float  # a pass in forward mode
+    joint: float  # by how much a pass with the outputs' graph gets longer if it gives J v, too
+
+
+def _seconds(run: Callable[[], object], cuda: bool) -> float:
+    if cuda:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
 def _unchanged(jv: Tensor) -> Tensor:
     return jv
-
-
-class _AlongGraph(BatchGraph):
-    """Forward over reverse: no graph, every product differentiates the gradient along a vector."""
-
-    def __init__(self, engine: Engine, inputs: Any, targets: Any) -> None:
-        self.engine, self.inputs, self.targets = engine, inputs, targets
-        self.parameters = engine.parameters
-
-    def roots(self) -> list[Tensor]:
-        return []
-
-    def _total(self) -> Tensor:
-        problem = self.engine.problem
-        return problem.batch_total(problem.outputs(self.inputs), self.targets)
-
-    def _one(self, parts: list[Tensor], retain: bool) -> Sequence[Tensor | None]:
-        engine = self.engine
-        try:
-            found = gradient_along(engine.problem.model, self._total, self.parameters, parts)
-        except (RuntimeError, NotImplementedError) as error:
-            raise UnsupportedLayerError(
-                f"The model has no forward-mode derivative ({error}). Use engine='auto'."
-            ) from error
-        if not engine._trusted:
-            engine._trusted = True
-            total = self._total()
-            flat = torch.zeros_like(torch.cat([p.detach().reshape(-1) for p in parts]))
-            reverse, forward = flat, flat.clone()
-            if total.requires_grad:
-                graph = HessianGraph(total, self.parameters)
-                add_to(reverse, graph._one(parts, False), self.parameters, 1.0)
-            add_to(forward, found, self.parameters, 1.0)
-            if not _agree(reverse, forward):
-                raise UnsupportedLayerError(_DISAGREES.format("H v", _gap(reverse, forward)))
-        return found
-
-    def _many(self, parts: list[Tensor]) -> Sequence[Tensor | None]:
-        raise NotImplementedError
-
-
-_DISAGREES = (
-    "Forward mode is wrong for this model: its {} differs from that of reverse mode by {:.2g} "
-    "of the norm. Use engine='auto'."
-)
-
-
-def _gap(reference: Tensor, found: Tensor) -> float:
-    return float((reference - found).double().norm() / reference.double().norm())
-
-
-def _agree(reference: Tensor, found: Tensor) -> bool:
-    """Equal to what rounding allows."""
-    gap, size = (reference - found).double().norm(), reference.double().norm()
-    return bool(gap <= 10 * torch.finfo(reference.dtype).eps ** 0.5 * size)

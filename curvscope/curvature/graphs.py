@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._utils import _unflatten_dense_tensors
 
 from ..problem.cotangents import require_differentiable
 from .products import NotLinear, by_rows, has_no_derivative, twice_differentiable
@@ -23,6 +24,8 @@ _CHUNK = 16  # cotangents in one vectorised backward pass
 
 def split(rows: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
     """Views of ``[..., d]`` in the shapes of the parameters, ``[..., *shape]``."""
+    if rows.ndim == 1 and rows.is_contiguous():
+        return list(_unflatten_dense_tensors(rows, parameters))  # one call for all parameters
     parts = rows.split([p.numel() for p in parameters], -1)
     return [x.reshape((*rows.shape[:-1], *p.shape)) for x, p in zip(parts, parameters, strict=True)]
 
@@ -31,9 +34,10 @@ def add_to(
     total: Tensor, parts: Sequence[Tensor | None], parameters: Sequence[Tensor], scale: float
 ) -> None:
     """``total += scale * parts`` with one part per parameter; ``None`` is zero."""
-    for slot, part in zip(split(total, parameters), parts, strict=True):
-        if part is not None:
-            slot.add_(part, alpha=scale)
+    pairs = zip(split(total, parameters), parts, strict=True)
+    there = [(slot, part) for slot, part in pairs if part is not None]
+    if there:
+        torch._foreach_add_([slot for slot, _ in there], [part for _, part in there], alpha=scale)
 
 
 class BatchGraph(ABC):
@@ -68,7 +72,11 @@ class BatchGraph(ABC):
             add_to(total[k], self._one(self._cast(rows[k]), more), self.parameters, scale)
 
     def _cast(self, rows: Tensor) -> list[Tensor]:
-        return [v.to(p.dtype) for v, p in zip(split(rows, self.parameters), self.parameters)]
+        parts = split(rows, self.parameters)
+        return [
+            v if v.dtype == p.dtype else v.to(p.dtype)
+            for v, p in zip(parts, self.parameters, strict=True)
+        ]
 
 
 class Nothing(BatchGraph):
@@ -129,8 +137,9 @@ class LinearisedGraph(BatchGraph):
     """``v -> J^T M J v`` with the Jacobian ``J`` of the outputs and a matrix ``M`` between.
 
     ``J v`` comes from ``J^T w``, which is linear in ``w``, by another backward pass; or from
-    ``forward``, a function of the vector's parts, where the engine found that faster. Where the
-    model cannot be differentiated that way, the rows of ``J`` are computed.
+    ``forward``, a function of the vector's parts, where the engine found that faster; ``first`` are
+    rows that will be multiplied and ``J v`` of the first of them, if that is known already. Where
+    the model cannot be differentiated that way, the rows of ``J`` are computed.
     """
 
     def __init__(
@@ -140,11 +149,14 @@ class LinearisedGraph(BatchGraph):
         middle: Product,
         *,
         forward: Callable[[list[Tensor]], Tensor] | None = None,
+        first: tuple[Tensor, Tensor] | None = None,
         check: bool = False,
     ) -> None:
         self.parameters = list(parameters)
         self.outputs, self.middle, self.forward = outputs, middle, forward
         self.by_rows = False
+        self.first = first
+        self._known: Tensor | None = None
         self.w: Tensor | None = None
         self.back: list[tuple[int, Tensor]] = []
         if forward is None:
@@ -195,6 +207,9 @@ class LinearisedGraph(BatchGraph):
     def add(
         self, rows: Tensor, total: Tensor, scale: float, *, vectorised: bool, retain: bool
     ) -> None:
+        if self.first is not None and self.first[0] is rows and not vectorised:
+            self._known = self.first[1]
+        self.first = None
         if not self.by_rows:
             try:
                 super().add(rows, total, scale, vectorised=vectorised, retain=retain)
@@ -207,7 +222,9 @@ class LinearisedGraph(BatchGraph):
         total.add_(columns.mT, alpha=scale)
 
     def _one(self, parts: list[Tensor], retain: bool) -> Sequence[Tensor | None]:
-        jv = self.times_jacobian(parts) if self.forward is None else self.forward(parts)
+        jv, self._known = self._known, None
+        if jv is None:
+            jv = self.times_jacobian(parts) if self.forward is None else self.forward(parts)
         return self._transposed(self.middle(jv), retain_graph=retain)
 
     def _many(self, parts: list[Tensor]) -> Sequence[Tensor | None]:

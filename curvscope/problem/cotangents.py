@@ -39,7 +39,13 @@ def require_differentiable(first: Iterable[Tensor | None]) -> None:
 
 
 def output_hessian_product(loss: Loss, outputs: Tensor, targets: Any, vectors: Tensor) -> Tensor:
-    """``(d^2 total / dz^2) vectors`` for a tensor of the outputs' shape, by autograd."""
+    """``(d^2 total / dz^2) vectors`` for a tensor of the outputs' shape.
+
+    In closed form where the loss has one, else by autograd.
+    """
+    closed = loss.hessian_product(outputs.detach(), targets, vectors)
+    if closed is not None:
+        return closed
     z = outputs.detach().requires_grad_()
     with torch.enable_grad():
         (gradient,) = torch.autograd.grad(loss.total(z, targets), z, create_graph=True)

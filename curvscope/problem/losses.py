@@ -56,6 +56,10 @@ class Loss(ABC):
         """Inverse of :meth:`terms` for a tensor of the outputs' shape."""
         return cotangents.reshape(outputs.shape)
 
+    def hessian_product(self, outputs: Tensor, targets: Any, vectors: Tensor) -> Tensor | None:
+        """``(d^2 total / dz^2) vectors`` in closed form; ``None`` where there is none."""
+        return None
+
     # -- likelihoods only ------------------------------------------------------------------------
 
     def weights(self, outputs: Tensor, targets: Any, samples: int) -> Tensor:
@@ -76,6 +80,11 @@ class Loss(ABC):
             f"knows. {what} is not defined; use cs.ggn or cs.hessian, or one of CrossEntropyLoss, "
             "NLLLoss, MSELoss, BCEWithLogitsLoss."
         )
+
+
+def _accumulating(x: Tensor) -> Tensor:
+    """At least in float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class CrossEntropy(Loss):
@@ -205,6 +214,23 @@ class CrossEntropy(Loss):
         kappa = (distribution if weight is None else distribution * weight).sum(-1)
         return kappa.reshape(samples, -1)
 
+    def hessian_product(self, outputs: Tensor, targets: Any, vectors: Tensor) -> Tensor:
+        """``c_m (diag p - p p^T) v`` for every term (its weight as in :meth:`weights`)."""
+        v, z = _accumulating(vectors), _accumulating(outputs)
+        p = z.softmax(1)
+        if self.weight is None and not self._soft(targets):
+            kappa = (targets != self.ignore_index).to(z)  # smoothing keeps the sum of one
+        else:
+            distribution = self._distribution(z, targets)
+            weight = self._weight(z)
+            kappa = (distribution if weight is None else distribution * weight).sum(-1)
+        pv = p * v
+        return (
+            torch.addcmul(pv, p, pv.sum(1, keepdim=True), value=-1)
+            .mul_(kappa.unsqueeze(1))
+            .to(vectors.dtype)
+        )
+
     def terms(self, outputs: Tensor, samples: int) -> Tensor:
         return outputs.movedim(1, -1).reshape(samples, -1, outputs.shape[1])
 
@@ -254,6 +280,10 @@ class SquaredError(_Elementwise):
     def total(self, outputs: Tensor, targets: Any) -> Tensor:
         return F.mse_loss(outputs, targets.to(outputs.dtype), reduction="sum")
 
+    def hessian_product(self, outputs: Tensor, targets: Any, vectors: Tensor) -> Tensor:
+        """``2 v``."""
+        return 2 * vectors
+
     def term_roots(self, terms: Tensor) -> Tensor:
         return torch.full_like(terms, math.sqrt(2.0)).unsqueeze(-1)
 
@@ -301,13 +331,26 @@ class BinaryCrossEntropy(_Elementwise):
             )
 
     def weights(self, outputs: Tensor, targets: Any, samples: int) -> Tensor:
+        return self._term_weights(outputs, targets).reshape(samples, -1)
+
+    def _term_weights(self, outputs: Tensor, targets: Any) -> Tensor:
+        """``c_m`` in the outputs' shape."""
         y = targets.to(outputs)
         c = torch.ones_like(y)
         if self.pos_weight is not None:
             c = y * self.pos_weight.to(outputs) + (1 - y)
         if self.weight is not None:
             c = c * self.weight.to(outputs)
-        return c.reshape(samples, -1)
+        return c
+
+    def hessian_product(self, outputs: Tensor, targets: Any, vectors: Tensor) -> Tensor:
+        """``c_m p (1 - p) v`` for every term (its weight as in :meth:`weights`)."""
+        z = _accumulating(outputs)
+        p = z.sigmoid()
+        product = p * (1 - p) * _accumulating(vectors)
+        if self.weight is not None or self.pos_weight is not None:
+            product = product * self._term_weights(z, targets)
+        return product.to(vectors.dtype)
 
     def term_roots(self, terms: Tensor) -> Tensor:
         p = terms.sigmoid()

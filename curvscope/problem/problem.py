@@ -198,9 +198,10 @@ class Problem(Shown):
             )
 
     @contextmanager
-    def session(self, at: Snapshot | None = None, *, copy: bool = True) -> Iterator[None]:
+    def session(self, at: Snapshot | None = None, *, copy: bool = True) -> Iterator[state.Members]:
         """Evaluate inside: eval flags, states preserved, optionally at an earlier snapshot.
 
+        Gives the modules, parameters and buffers of the model that is evaluated.
         ``copy=False`` spares a copy of the parameters where nothing inside changes their values.
         """
         if at is None:
@@ -216,7 +217,7 @@ class Problem(Shown):
                     for buffer, value in zip(members.buffers, at.buffers, strict=True):
                         if not torch.equal(buffer, value):
                             buffer.copy_(value)
-            yield
+            yield members
 
     # -- data ------------------------------------------------------------------------------------
 

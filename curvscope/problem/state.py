@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import operator
 import random
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from ..modes import plain_mode
 from .substitutes import differentiable, no_gradient_hooks
 
-# the dictionaries of nn.Module that hold other things than plain attributes
+# the dictionaries of nn.Module that are views into C++ where the module is scripted
 _TRACKED = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
 
 
@@ -62,19 +61,21 @@ def module_state(members: Members) -> Iterator[None]:
     them their old values.
     """
     modules, parameters, buffers = members
-    flags = [module.training for module in modules]  # no plain attribute of a scripted module
-    attributes = [(module.__dict__, dict(module.__dict__)) for module in modules]
-    tables = [
-        (table, dict(table))
+    attributes = [(module.__dict__, module.__dict__.copy()) for module in modules]
+    # no plain attribute of a scripted module
+    flags = [(m, m.training) for m in modules if "training" not in m.__dict__]
+    owned = [
+        {k: v for k, v in own.items() if k not in _TRACKED}
+        if isinstance(module, torch.jit.ScriptModule)
+        else own
         for module, (_, own) in zip(modules, attributes, strict=True)
-        if not isinstance(module, torch.jit.ScriptModule)
-        for table in map(own.get, _TRACKED)
-        if table is not None
     ]
-    plain = [v for _, own in attributes for name, v in own.items() if name not in _TRACKED]
-    # most are empty (tables of hooks), which needs no copy
-    containers = [(v, copy.copy(v) if v else ()) for v in plain if isinstance(v, _CONTAINERS)]
-    tensors = [*buffers, *(v for v in plain if isinstance(v, Tensor))]
+    # a thousand attributes for a small network, most of them tables of hooks without any
+    objects = [v for own in owned for v in own.values() if type(v) not in _ATOMS]
+    containers = [v for v in objects if type(v) in _EXACT or isinstance(v, _CONTAINERS)]
+    empty = [v for v in containers if not v]
+    filled = [(v, _items(v)) for v in containers if v]
+    tensors = [*buffers, *(v for v in objects if type(v) not in _EXACT and isinstance(v, Tensor))]
     values = [(t, t._version, t.detach().clone()) for t in tensors]
     gradients = [(p, p.grad) for p in parameters]
     try:
@@ -87,14 +88,12 @@ def module_state(members: Members) -> Iterator[None]:
                 for name, value in before.items():
                     if now.get(name, _MISSING) is not value:
                         now[name] = value
-        for table, entries in tables:
-            if not _identical(table, entries):
-                table.clear()
-                table.update(entries)
-        for container, items in containers:
-            if container or items:
-                _refill(container, items)
-        for module, flag in zip(modules, flags, strict=True):
+        if any(empty):
+            for container in empty:
+                container.clear()
+        for container, items in filled:
+            _refill(container, items)
+        for module, flag in flags:
             if module.training != flag:
                 module.training = flag
         with torch.no_grad():
@@ -117,13 +116,19 @@ def _identical(left: dict[Any, Any], right: dict[Any, Any]) -> bool:
 
 
 _CONTAINERS = (list, dict, set, deque)
+_EXACT = frozenset((*_CONTAINERS, OrderedDict))  # by far the most frequent
+_ATOMS = frozenset((bool, int, float, str, tuple, type(None)))
+
+
+def _items(container: Any) -> Any:
+    """The items of a container, to be given back by :func:`_refill`."""
+    if isinstance(container, dict):
+        return dict(container)
+    return set(container) if isinstance(container, set) else list(container)
 
 
 def _refill(container: Any, items: Any) -> None:
     """Give a container its old items back, which may be tensors: compared by identity."""
-    if not items:
-        container.clear()
-        return
     if len(container) == len(items):
         if isinstance(items, dict):
             if _identical(container, items):
@@ -192,7 +197,9 @@ def evaluation(members: Members, *, batchnorm: str = "eval") -> Iterator[None]:
         stack.enter_context(differentiable(members.modules))
         for module in members.modules:
             # not module.train(): a user's train() override may do more than set the flag
-            module.training = batchnorm == "batch" and is_batch_norm(module)
+            flag = batchnorm == "batch" and is_batch_norm(module)
+            if module.training != flag:  # the setter of nn.Module takes its time
+                module.training = flag
         yield
 
 
@@ -209,7 +216,7 @@ def values_at(
     before = [p.data for p in parameters]
     try:
         for parameter, value in zip(parameters, values or before, strict=True):
-            parameter.data = value.detach().clone() if copy else value.detach()
+            parameter.data = value.detach().clone() if copy else value
         yield
     finally:
         for parameter, value in zip(parameters, before, strict=True):

@@ -119,6 +119,9 @@ def has_weight_norm(modules: Sequence[nn.Module]) -> bool:
     """Whether ``weight_norm`` (as parametrization or as hook) is on one of the layers."""
     return any(
         isinstance(module, parametrizations._WeightNorm)
-        or any(isinstance(hook, WeightNorm) for hook in module._forward_pre_hooks.values())
+        or (
+            module._forward_pre_hooks
+            and any(isinstance(hook, WeightNorm) for hook in module._forward_pre_hooks.values())
+        )
         for module in modules
     )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import curvscope as cs
 from curvscope import errors
+from curvscope.curvature import along as along_module
 from curvscope.curvature import engine as engine_module
 from curvscope.curvature.engine import ENGINES, Engine
 from curvscope.curvature.whole import WholeOperator
@@ -168,14 +169,43 @@ def test_forward_mode_is_refused_where_it_is_wrong(monkeypatch: pytest.MonkeyPat
     dense = automatic.dense()
     for _ in range(3):
         assert gap(automatic @ v, dense @ v) < 1e-12
-    along = engine_module.gradient_along
+    along = along_module.gradient_along
     monkeypatch.setattr(
-        engine_module,
+        along_module,
         "gradient_along",
         lambda *a: [None if g is None else 1.01 * g for g in along(*a)],
     )
     with pytest.raises(errors.UnsupportedLayerError, match="H v differs"):
         cs.hessian(problem, engine="forward") @ v
+
+
+@pytest.mark.parametrize("name", ["ggn", "sampled"])
+def test_one_pass_gives_the_graph_and_the_first_direction(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = problem_of()
+    op = MATRICES[name](problem, engine="forward")
+    dense = MATRICES[name](problem).dense()
+    passes: list[bool] = []
+    true = engine_module.linearised
+
+    def counted(*a: Any, graph: bool) -> tuple[Tensor, Tensor]:
+        passes.append(graph)
+        return true(*a, graph=graph)
+
+    for count in (1, 3):
+        V = columns(problem, count)
+        op @ V
+        monkeypatch.setattr(engine_module, "linearised", counted)
+        assert gap(op @ V, dense @ V) < 1e-12
+        assert passes == 3 * [True, *(count - 1) * [False]]  # three batches
+        passes.clear()
+        monkeypatch.setattr(engine_module, "linearised", true)
+    limited = MATRICES[name](problem, engine="forward", memory=2**20)
+    limited @ V  # checks
+    monkeypatch.setattr(engine_module, "linearised", counted)
+    assert gap(limited @ V, dense @ V) < 1e-12
+    assert set(passes) == {False}  # the limit was measured without the graph of J v
 
 
 class OnlyReverse(torch.autograd.Function):
