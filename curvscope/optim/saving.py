@@ -31,6 +31,7 @@ def pack(optimizer: CurvatureOptimizer, state_dict: dict[str, Any]) -> dict[str,
             "parameters": _parameters(optimizer),
             "steps": optimizer.steps,
             "fired": sorted(optimizer._fired),
+            "memory": getattr(optimizer, "memory", None),
             **optimizer._extra_state(),
         },
     }
@@ -44,9 +45,21 @@ def check(optimizer: CurvatureOptimizer, state_dict: Mapping[str, Any]) -> None:
             "state_dict() of the same kind of optimizer returned."
         )
     meta = state_dict[KEY]
+    missing = {"method", "parameters", "steps", "fired"} - set(meta)
+    if missing or not {"state", "param_groups"} <= set(state_dict):
+        raise OptionError(
+            f"This is not a whole state of {optimizer.method}: it lacks entries. Pass what "
+            "state_dict() of the same kind of optimizer returned."
+        )
     if meta["method"] != optimizer.method:
         raise OptionError(
             f"This is the state of {meta['method']}, which {optimizer.method} cannot continue."
+        )
+    memory = getattr(optimizer, "memory", None)
+    if meta.get("memory", memory) != memory:
+        raise OptionError(
+            f"This state was saved with memory={meta['memory']}, and this {optimizer.method} has "
+            f"memory={memory}: build it with the memory that it was saved with."
         )
     saved = [(name, list(shape)) for name, shape in meta["parameters"]]
     mine = [(name, list(shape)) for name, shape in _parameters(optimizer)]

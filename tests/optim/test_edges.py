@@ -62,6 +62,22 @@ def test_a_refused_group_leaves_the_optimizer_as_it_is(method: Method) -> None:
     assert not torch.equal(flat(model)[-21:], start[-21:])
 
 
+@pytest.mark.parametrize("name", ["K-BFGS(L)", "M-FAC"])
+def test_states_of_another_memory_are_refused_before_anything_changes(name: str) -> None:
+    method = next(m for m in METHODS if m.name == name)
+    model = mlp()
+    saved, optimizer = method.build(mlp(), memory=2), method.build(model, memory=3)
+    method.run(saved, saved.model, ROWS, 3)
+    method.run(optimizer, model, ROWS, 4)
+    before = snapshot(optimizer, model)
+    with pytest.raises(errors.OptionError, match="saved with memory=2"):
+        optimizer.load_state_dict(saved.state_dict())
+    part = {**optimizer.state_dict(), "curvscope": {"method": method.name}}
+    with pytest.raises(errors.OptionError, match="whole state"):
+        optimizer.load_state_dict(part)
+    assert snapshot(optimizer, model) == before
+
+
 @each_method
 def test_a_layer_replaced_by_one_with_the_same_parameters(method: Method) -> None:
     """The new layer is not watched; without a word it would follow the fallback from now on."""
