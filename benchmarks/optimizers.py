@@ -158,9 +158,12 @@ def measure(case: cases.Case, rounds: int, pairs: int) -> list[list[str]]:
     kept: dict[str, Any] = {}
     failed: dict[str, str] = {}
 
+    model = copy.deepcopy(case.model).train()  # as in every step; BatchNorm costs more than in eval
+    parameters = list(model.parameters())
+
     def gradient() -> None:
-        value = case.loss(case.model(case.batches[0][0]), case.batches[0][1])
-        torch.autograd.grad(value, case.parameters)
+        value = case.loss(model(case.batches[0][0]), case.batches[0][1])
+        torch.autograd.grad(value, parameters)
 
     runs["one gradient"] = gradient
     for method in methods:

@@ -168,6 +168,24 @@ class KBFGS(CurvatureOptimizer):
                 return f"the output of layer {block!r}"
         return None
 
+    def _check_moments(self, active: list[str]) -> None:
+        """Refuse inputs whose squares overflow: ``A`` would stay infinite for ever."""
+        largest = [torch.zeros((), device=self.device)]  # no entry is larger than a diagonal one
+        for block in active:
+            second = self._seen[block].inputs.second
+            assert second is not None
+            largest.append(second.diagonal(dim1=-2, dim2=-1).amax())
+        values = torch.stack([v.double() for v in largest])
+        if checks.finite(self.average([values])[0]):
+            return
+        names = [b for b, v in zip(active, values[1:].tolist()) if not math.isfinite(v)]
+        where = f"layer {names[0]!r}" if names else "a layer on another rank"
+        raise NonFiniteError(
+            f"{self.method} did not take step {self.steps + 1}: squares of the inputs of {where} "
+            "overflow, while loss and gradients are finite. Parameters and state are unchanged. "
+            "Scale the inputs."
+        )
+
     # -- training --------------------------------------------------------------------------------
 
     def warm_start(
@@ -226,6 +244,7 @@ class KBFGS(CurvatureOptimizer):
                 self._check_loss(loss, self._culprit)
                 active = [b for b in self._seen if self.layers[b].weight.grad is not None]
                 active = self._on_all_ranks(active, refuse=True)
+                self._check_moments(active)
             except BaseException:
                 buffers.restore()
                 raise
