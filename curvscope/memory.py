@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +66,24 @@ def require(
             f"{what} needs {format_bytes(needed)} ({needed} bytes), but only "
             f"{format_bytes(free)} ({free} bytes) are available on {device}. {instead}"
         )
+
+
+_ADVICE: ContextVar[str | None] = ContextVar("advice", default=None)
+
+
+@contextmanager
+def advising(instead: str) -> Iterator[None]:
+    """Inside, who is refused a whole matrix is told to do ``instead``: what fits the question."""
+    token = _ADVICE.set(instead)
+    try:
+        yield
+    finally:
+        _ADVICE.reset(token)
+
+
+def advice(usual: str) -> str:
+    """What :func:`advising` says, or else ``usual``."""
+    return _ADVICE.get() or usual
 
 
 class PeakBytes(TorchDispatchMode):

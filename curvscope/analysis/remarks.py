@@ -21,8 +21,11 @@ def remarks(
         found.append(f"The reference ({reference.info.what}) is itself an approximation.")
     if reference.uncovered:
         found.append(f"The reference does not define {listing(reference.uncovered)}: not compared.")
+    notes: dict[str, dict[str, None]] = {}
     for op in (reference, *approximations.values()):
-        found += [f"{op.info.what}: {note}." for note in op.info.notes]
+        for note in op.info.notes:
+            notes.setdefault(note, {})[op.info.what] = None
+    found += [f"{listing(list(names))}: {note}." for note, names in notes.items()]
     for name, op in approximations.items():
         found += _elsewhere(name, reference, op)
         own = [row for row in rows if row.approximation == name]

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import memory
 from ..display import spark
 from ..errors import NotDefinedError, OptionError, counted
 from ..operators import Operator
@@ -245,7 +246,12 @@ def spectrum(
     if not op.shape[0]:
         raise OptionError("The matrix is empty.")
     if not blocks:
-        values = as_cpu(in_float64(op).eigenvalues()).sort().values
+        by_block = "cs.spectrum(op, blocks=True) takes one block at a time; " if op.blocks else ""
+        with memory.advising(
+            f"{by_block}cs.density(op) estimates the whole spectrum and cs.eigsh(op) its ends from "
+            "products alone."
+        ):
+            values = as_cpu(in_float64(op).eigenvalues()).sort().values
         return _spectrum(op, values, tol, settings, time.perf_counter() - start)
     if not op.blocks:
         raise OptionError(f"The {op.info.what} has no blocks; leave out blocks=True.")

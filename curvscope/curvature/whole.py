@@ -195,7 +195,9 @@ class WholeOperator(AutogradOperator):
         return super()._columns()
 
     def diagonal(self) -> Tensor:
-        """Exact diagonal, put together from the blocks."""
+        """Exact diagonal: of the matrix, if that has been formed, else of its blocks."""
+        if self._kept is not None:
+            return self._kept.diagonal().clone()
         result = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
         for name, members in self.members.items():
             index = self.problem.layout.index(members).to(self.device)
@@ -203,7 +205,17 @@ class WholeOperator(AutogradOperator):
         return result
 
     def trace(self) -> float:
+        if self._kept is not None:
+            return super().trace()
         return float(sum(block.trace() for block in self.blocks.values()))
+
+    @property
+    def diagonal_is_known(self) -> bool:
+        """Whether :meth:`diagonal` and :meth:`trace` need nothing but what has been computed."""
+        found = [self._blocks.get(name) for name in self.members]
+        return self._kept is not None or all(
+            block is not None and getattr(block, "_kept", block) is not None for block in found
+        )
 
 
 class _LazyBlocks(Blocks):

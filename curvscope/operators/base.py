@@ -178,8 +178,10 @@ class Operator(Shown, ABC):
         memory.require(
             2 * rows * rows * self.dtype.itemsize,
             f"The dense {self.info.what} of shape {self.shape}",
-            f"Work matrix-free instead: op @ v, op.diagonal(), {blocks}cs.density, cs.eigsh, "
-            "cs.compare, or take fewer parameters with Problem(..., params=...).",
+            memory.advice(
+                f"Work matrix-free instead: op @ v, op.diagonal(), {blocks}cs.density, cs.eigsh, "
+                "cs.compare, or take fewer parameters with Problem(..., params=...)."
+            ),
             device=self.device,
         )
         with plain_mode(self.device.type):

@@ -163,7 +163,8 @@ def _by_columns(left: Operator, right: Operator) -> float:
         rows * rows * left.dtype.itemsize,
         f"An inner product of {type(left).__name__} and {type(right).__name__} of shape "
         f"{left.shape}, taken column by column,",
-        "Compare block by block (op.blocks[...]), or on fewer parameters.",
+        "cs.compare(one, {'other': other}, method='estimated') has their error and cosine from "
+        "products alone; or take the blocks (op.blocks[...]), or fewer parameters.",
         device=left.device,
     )
     if isinstance(left, DenseOperator) and isinstance(right, DenseOperator):

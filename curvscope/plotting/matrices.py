@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import memory
 from ..errors import NotDefinedError, check_option
 from ..operators import Operator
 from .marks import mark
@@ -113,7 +114,12 @@ def _factor_matrix(factor: Tensor) -> np.ndarray:
 
 def _array(matrix: Any) -> np.ndarray:
     if isinstance(matrix, Operator):
-        matrix = matrix.dense()
+        block = "one of its blocks, op.blocks[...].plot(), or " if len(matrix.blocks) else ""
+        with memory.advising(
+            f"Draw {block}what products alone tell: cs.density(op).plot() for its spectrum, "
+            "cs.eigsh(op).plot() for the ends of it, cs.diagonal(op).plot() for its diagonal."
+        ):
+            matrix = matrix.dense()
     if isinstance(matrix, Tensor):
         matrix = matrix.detach().to("cpu", torch.float64).numpy()
     array = np.asarray(matrix, dtype=np.float64)

@@ -77,6 +77,11 @@ def stored(op: Operator) -> bool:
     return getattr(op, "_kept", None) is not None
 
 
+def diagonal_known(op: Operator) -> bool:
+    """Whether the diagonal comes without products: it is stored, or has been computed before."""
+    return stored(op) or getattr(op, "diagonal_is_known", False)
+
+
 def decomposable(op: Operator) -> bool:
     """Whether all eigenvalues come from the structure at a cost that is small."""
     if isinstance(op, _SPECTRAL):

@@ -22,10 +22,10 @@ from .common import (
     check_confidence,
     check_seed,
     check_tol,
+    diagonal_known,
     matrix_of,
     quantile,
     signs,
-    stored,
     title,
 )
 from .estimate import Estimated
@@ -116,7 +116,8 @@ def diagonal(
     ``method``: ``"hutchinson"`` averages ``z * (A z)`` over random signs ``z``; ``"xdiag"`` takes
     the diagonal within a random subspace exactly and leaves one probe out at a time, better for
     spectra that decay; ``"exact"`` is what the operator gives (for a Hessian block by block, which
-    may need memory); ``"auto"`` is exact for stored matrices and ``"hutchinson"`` otherwise.
+    may need memory); ``"auto"`` is exact for stored matrices and those whose blocks have
+    been computed before, and ``"hutchinson"`` otherwise.
 
     It stops when the expected relative error of the whole vector (``.error``) is below ``tol``, or
     after ``budget`` products. Intervals at ``confidence`` are those of Student's t, for each entry
@@ -145,7 +146,7 @@ def diagonal(
     check_option("method", method, ("auto", "hutchinson", "xdiag", "exact"))
     tol, confidence, seed = check_tol(tol), check_confidence(confidence), check_seed(seed)
     if method == "auto":
-        method = "exact" if stored(op) else "hutchinson"
+        method = "exact" if diagonal_known(op) else "hutchinson"
     needed = {"hutchinson": 2, "xdiag": 8, "exact": 1}[method]
     if method == "xdiag" and op.shape[0] <= FEW:
         needed = op.shape[0]

@@ -21,10 +21,10 @@ from .common import (
     check_seed,
     check_tol,
     column_dots,
+    diagonal_known,
     matrix_of,
     quantile,
     signs,
-    stored,
     title,
 )
 from .estimate import Estimate
@@ -56,8 +56,8 @@ def trace(
     the trace within a random subspace exactly and averages beside it, better for spectra that
     decay; ``"xtrace"`` leaves one probe out at a time, the best where a few hundred eigenvalues
     hold the trace; ``"exact"`` sums the diagonal that the operator gives (for a Hessian block by
-    block, which may need memory); ``"auto"`` is exact for stored matrices and ``"hutchinson"``
-    otherwise.
+    block, which may need memory); ``"auto"`` is exact for stored matrices and those
+    whose blocks have been computed before, and ``"hutchinson"`` otherwise.
 
     It stops when the interval at ``confidence`` (Student's t) is no wider than ``tol`` of the value
     on either side, looked at a few times only, or after ``budget`` products. The standard error is
@@ -91,7 +91,7 @@ def trace(
     check_option("method", method, ("auto", "hutchinson", "hutch++", "xtrace", "exact"))
     tol, confidence, seed = check_tol(tol), check_confidence(confidence), check_seed(seed)
     if method == "auto":
-        method = "exact" if stored(op) else "hutchinson"
+        method = "exact" if diagonal_known(op) else "hutchinson"
     few = method == "xtrace" and op.shape[0] <= FEW
     budget = check_budget(budget, op.shape[0] if few else _NEEDS[method], f"method={method!r}")
     settings = {"method": method, "seed": seed}
