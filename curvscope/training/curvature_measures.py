@@ -12,7 +12,7 @@ from ..analysis.compare import compare
 from ..analysis.comparison import Comparison
 from ..curvature import diagonal_kf, hutchinson_diagonal, kfac
 from ..curvature.registered import REGISTERED
-from ..errors import OptionError, nearest
+from ..errors import OptionError, check_option, nearest
 from ..operators import Operator
 from .measures import Measure, Rows, register
 from .moment import Moment
@@ -38,6 +38,8 @@ OF_CURVATURE = ("error", "best", "staleness", "preconditioner")
 DEFAULT = ("loss", "gradient", "update", "error", "preconditioner", "diagnostics", "sharpness")
 """What a monitor measures by default, as far as the optimizer has it."""
 
+MOST_OUTPUTS = 100  # of a sample, up to which blocks are computed
+PRODUCTS = 8  # from which an error is estimated
 _COLUMNS = ("status", "size", "family", "damping")
 
 
@@ -88,6 +90,7 @@ class _Compared(Measure):
 
     metrics: tuple[str, ...] = ("error", "cosine")
     best: bool = False
+    method: str = "exact"
 
     def approximations(self, moment: Moment) -> dict[str, Operator]:
         """What is compared, by name."""
@@ -98,20 +101,31 @@ class _Compared(Measure):
         others = self.approximations(moment)
         if not others:
             return []
+        options: dict[str, Any] = {}
+        if self.estimated(moment):
+            options = {"method": "estimated", "budget": PRODUCTS}
         found = compare(
-            moment.focused,
+            moment.focused(by_products=bool(options)),
             others,
             metrics=self.metrics,
             best_in_class=self.best,
             blocks=moment.blocks,
             seed=moment.seed,
+            **options,
         )
         return comparison_rows(
             found, ("best_class", "best_in_class", "excess") if self.best else ()
         )
 
+    def estimated(self, moment: Moment) -> bool:
+        """Whether the reference is known by a few products only."""
+        many = self.method == "auto" and moment.outputs_per_sample > MOST_OUTPUTS
+        return many or self.method == "estimated"
+
     def price(self, moment: Moment) -> float:
         """That of the reference's blocks, and as much again for the comparison."""
+        if self.estimated(moment):
+            return 4.0 + 4.0 * PRODUCTS * len(moment.blocks)
         return 4.0 + 0.5 * passes(moment)
 
 
@@ -123,6 +137,11 @@ class Error(_Compared):
     best_in_class=False)`` on the probe. ``damped=False`` compares the raw factors of optimizers
     that have them. ``metrics`` are any of ``cs.compare``. Within a budget, each visit takes the
     blocks there is time for, those first that were taken least.
+
+    ``method="auto"`` is ``"exact"`` for networks with at most 100 outputs per sample. Of others,
+    whose blocks take a backward pass per output, errors are ``"estimated"`` from 8 products with
+    ``reference(probe, route="autograd")`` and have a standard error (``error_stderr``):
+    ``cs.compare(..., method="estimated", budget=8, seed=seed)``.
     """
 
     name = "error"
@@ -130,8 +149,14 @@ class Error(_Compared):
     by_block = True
 
     def __init__(
-        self, *, metrics: Sequence[str] = ("error", "cosine"), damped: bool = True
+        self,
+        *,
+        metrics: Sequence[str] = ("error", "cosine"),
+        damped: bool = True,
+        method: str = "auto",
     ) -> None:
+        check_option("method", method, ("auto", "exact", "estimated"))
+        self.method = method
         self.metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
         self.damped = damped
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..analysis.result import plain
+from ..errors import OptionError
 from ..problem import Problem
 from ..problem.data import leaves
 
@@ -93,3 +94,19 @@ def steps_of(optimizer: Any) -> int | None:
     counts = [s["step"] for s in optimizer.state.values() if isinstance(s, dict) and "step" in s]
     counts += [g["step"] for g in optimizer.param_groups if "step" in g]
     return max((int(c) for c in counts), default=None)
+
+
+def require_its_optimizer(problem: Problem, optimizer: Any) -> None:
+    """Raise ``OptionError`` unless an optimizer trains parameters of the problem's model."""
+    if not hasattr(optimizer, "param_groups"):
+        raise OptionError(
+            f"A Monitor watches a torch optimizer, not {type(optimizer).__name__}: "
+            "cs.Monitor(problem, optimizer, path)."
+        )
+    own = {id(p) for p in problem.user_model.parameters()}
+    if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+        raise OptionError(
+            f"The {type(optimizer).__name__} trains none of the parameters of the problem's "
+            f"{type(problem.user_model).__name__}, which the Monitor would watch: make the "
+            "Problem of the very model that is trained, not of a copy."
+        )

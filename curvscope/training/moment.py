@@ -19,6 +19,7 @@ from ..problem import Problem, Snapshot, flat_gradient
 from ..problem.data import sample_count, select
 from ..problem.state import random_state
 from .adapters import curvature_of, preconditioner_of
+from .losses import learning_rate, value_of
 
 REFERENCES = {"ggn": ggn, "hessian": hessian}
 
@@ -63,15 +64,12 @@ class Moment:
     @cached_property
     def loss(self) -> float:
         """The training loss of this step."""
-        if self._loss is None:
-            return float("nan")
-        return float(self._loss.detach() if isinstance(self._loss, Tensor) else self._loss)
+        return value_of(self._loss)
 
     @property
     def lr(self) -> float:
         """The learning rate; the largest where parameter groups differ, NaN without one."""
-        rates = [float(g["lr"]) for g in self.optimizer.param_groups if "lr" in g]
-        return max(rates, default=float("nan"))
+        return learning_rate(self.optimizer)
 
     @property
     def method(self) -> str:
@@ -110,11 +108,17 @@ class Moment:
         """Names of the blocks to be measured: all of the problem, or ``only`` some."""
         return list(self.problem.blocks) if self.only is None else self.only
 
-    @property
-    def focused(self) -> Operator:
-        """The reference with these blocks alone, which spares the work for the others."""
-        whole: Any = self.reference
-        return self.reference if self.only is None else whole.focused(self.only)
+    def focused(self, *, by_products: bool = False) -> Operator:
+        """The reference with these blocks alone, which spares the work for the others.
+
+        ``by_products`` gives blocks that are known by their products.
+        """
+        whole: Any = self._by_products if by_products else self.reference
+        return whole if self.only is None else whole.focused(self.only)
+
+    @cached_property
+    def _by_products(self) -> Operator:
+        return REFERENCES[self.reference_name](self.problem, route="autograd")
 
     @cached_property
     def hessian(self) -> Operator:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import time
@@ -16,10 +17,11 @@ from ..errors import OptionError, RunError, StopTraining, check_option
 from ..problem import Problem, require_problem
 from . import identity, spectral_measures, summary  # noqa: F401  (registers measures)
 from .adapters import adapter_of
-from .alarms import Alarm, AlarmEvent, MonitorWarning, Watch, default_alarms
+from .alarms import Alarm, AlarmEvent, MonitorWarning, NotFinite, Watch, default_alarms
 from .budget import Budget
 from .curvature_measures import OF_CURVATURE, defaults
-from .measures import choose
+from .losses import Losses
+from .measures import Loss, choose
 from .moment import REFERENCES, Moment
 from .probe import make_probe
 from .recorder import Recorder
@@ -131,18 +133,7 @@ class Monitor:
         self.budget = Budget(budget, clock)
         self.budget.enter()
         require_problem(problem)
-        if not hasattr(optimizer, "param_groups"):
-            raise OptionError(
-                f"A Monitor watches a torch optimizer, not {type(optimizer).__name__}: "
-                "cs.Monitor(problem, optimizer, path)."
-            )
-        own = {id(p) for p in problem.user_model.parameters()}
-        if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
-            raise OptionError(
-                f"The {type(optimizer).__name__} trains none of the parameters of the problem's "
-                f"{type(problem.user_model).__name__}, which the Monitor would watch: make the "
-                "Problem of the very model that is trained, not of a copy."
-            )
+        identity.require_its_optimizer(problem, optimizer)
         check_option("reference", reference, REFERENCES)
         self.problem, self.optimizer, self.reference = problem, optimizer, reference
         self.seed, self.strict, self.on_alarm = seed, strict, on_alarm
@@ -157,6 +148,9 @@ class Monitor:
         self.budget.open((m.name, m.weight, m.steady) for m, _ in self.measures)
         method = str(getattr(optimizer, "method", type(optimizer).__name__))
         self.watch = Watch(default_alarms() if alarms is None else alarms, method)
+        self._losses = Losses()
+        hearing = (a for a in self.watch.alarms if a.hears(Loss.name))
+        self._attentive = any(type(a) is not NotFinite for a in hearing)
         if snapshots is not None:
             self.budget.accounts[SnapshotMeasure.name].exempt = not snapshots.budgeted
         self._steady = {m.name for m, _ in self.measures if m.steady}
@@ -164,9 +158,8 @@ class Monitor:
         self.steps = 0
         self.stopped: AlarmEvent | None = None
         sure = At(assured).steps if (assured := list(assured)) else frozenset()
-        self._taker = Taker(
-            self.measures, self.budget, self._moment, problem, self.probe, self, sure
-        )
+        make = functools.partial(Moment, optimizer=optimizer, reference=reference, seed=seed)
+        self._taker = Taker(self.measures, self.budget, make, problem, self.probe, self, sure)
         self._loaded: dict[str, Any] | None = None
         self._begun = self._closed = False
         self._warned: set[str] = set()
@@ -227,6 +220,7 @@ class Monitor:
         if self._idle or self._closed or not self._begun:
             return
         self.budget.enter(step=False)
+        self._settle()
         self.recorder.write(self.steps, name, [numbers], self.budget.training)
         self.budget.leave()
 
@@ -251,20 +245,6 @@ class Monitor:
                 if isinstance(measure, SnapshotMeasure) and not again:
                     self._write(0, measure.name, measure.initial(), 0.0)
 
-    def _moment(
-        self, step: int, loss: Any, probe: Problem, memo: dict[str, Any], previous: Moment | None
-    ) -> Moment:
-        return Moment(
-            step,
-            loss,
-            probe,
-            self.optimizer,
-            reference=self.reference,
-            seed=self.seed,
-            memo=memo,
-            previous=previous,
-        )
-
     @property
     def overhead(self) -> float:
         """Seconds of the monitor over seconds of training so far."""
@@ -277,13 +257,31 @@ class Monitor:
         plain = [{k: v for k, v in row.items() if k != "tensors"} for row in rows]
         self.recorder.write(step, name, plain, seconds, tensors, later=name in self._steady)
 
+    def note(self, step: int, loss: Any) -> None:
+        """For the taker: a loss, which alarms see at once if they hear it or it is not finite."""
+        due = self._losses.add(step, loss, self.optimizer, self.budget.training)
+        if due or self._attentive:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Losses that were kept, into the run and before the alarms."""
+        kept = self._losses.drain()
+        for step, row, seconds in kept:
+            self._record(step, Loss.name, [row], seconds)
+        if len(kept) > 1:
+            self.recorder.flush()
+
     def record(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
         """For the taker: rows of a measure, into the run and before the alarms."""
-        self._write(self.steps, name, rows, self.budget.training)
-        for state, event in self.watch.show(self.steps, name, rows):
+        self._settle()
+        self._record(self.steps, name, rows, self.budget.training)
+
+    def _record(self, step: int, name: str, rows: Sequence[dict[str, Any]], seconds: float) -> None:
+        self._write(step, name, rows, seconds)
+        for state, event in self.watch.show(step, name, rows):
             row = {"alarm": event.alarm, "block": event.block, "state": state}
             row["message"] = event.message
-            self.recorder.write(self.steps, "alarm", [row], self.budget.training)
+            self.recorder.write(step, "alarm", [row], seconds)
             if state == "raised":
                 self._warn(f"Step {event.step}: {event.message}.")
                 if self.on_alarm is not None:
@@ -301,6 +299,7 @@ class Monitor:
 
     def thinned(self, name: str, times: int, estimate: float) -> None:
         """For the taker: there was no time for a measure."""
+        self._settle()
         row = {"event": "thinned", "of": name, "times": times, "estimate": estimate}
         self.recorder.write(self.steps, "monitor", [row], self.budget.training)
 
@@ -312,6 +311,7 @@ class Monitor:
         """An error of the monitor's own: raised if strict, else recorded and warned of once."""
         if self.strict:
             raise error
+        self._settle()
         kind = f"{type(error).__name__}: {error}"
         row = {"event": "failed", "of": name, "error": kind, "note": note}
         self.recorder.write(self.steps, "monitor", [row], self.budget.training)
@@ -328,12 +328,14 @@ class Monitor:
 
     def frame(self, measure: str | None = None) -> Any:
         """What was measured, as a pandas frame: of the run, or the latest rows without a path."""
+        self._settle()
         return self.recorder.frame(measure)
 
     # -- checkpoints -----------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint: plain values that ``torch.load(weights_only=True)`` reads."""
+        self._settle()
         self.recorder.flush()
         return {
             "run": self.recorder.id,
@@ -386,6 +388,7 @@ class Monitor:
         self.budget.enter()
         budget = self.budget
         if self._begun:
+            self._settle()
             state = "finished" if failed is None else f"ended by {type(failed).__name__}"
             rows = summary.rows(budget, state)
             self.recorder.write(self.steps, "monitor", rows, budget.training)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from ..errors import OptionError, StopTraining
 from ..problem import Problem
 from .budget import Account, Budget
-from .measures import Measure
+from .measures import Loss, Measure
 from .moment import Moment, check_shapes, gradient_seconds, undisturbed
 from .schedules import Schedule, Share, Timing
 
@@ -25,6 +25,9 @@ _Entry = tuple[Measure, Schedule, Account, bool]  # the last: whether it has a p
 
 class Reports(Protocol):
     """To whom a :class:`Taker` tells what happened."""
+
+    def note(self, step: int, loss: Any) -> None:
+        """The loss of a step."""
 
     def record(self, name: str, rows: Rows) -> None:
         """A measure was taken."""
@@ -78,8 +81,12 @@ class Taker:
         probe = self.problem if self.probe is None else self.probe
         for measure, when, account, _ in self._steady:
             timing = self._timing(account) if isinstance(when, Share) else _NO_TIME
-            if when.due(step, timing) and account.in_succession < ENOUGH:
-                moment = self._make(step, loss, probe, self.memo, None)
+            if not when.due(step, timing) or account.in_succession >= ENOUGH:
+                continue
+            if type(measure) is Loss:
+                self._note(measure, account, step, loss)
+            else:
+                moment = self._make(step, loss, probe, memo=self.memo)
                 if self._affordable(measure, account, moment):
                     self._take(measure, account, moment, 0.0)
         if step >= self._quiet_until:
@@ -115,7 +122,7 @@ class Taker:
                 (dear if measure.disturbs else cheap).append(entry)
         if not (cheap or dear or ahead):
             return
-        moment = self._make(step, loss, probe, self.memo, previous)
+        moment = self._make(step, loss, probe, memo=self.memo, previous=previous)
         own = self.budget.clock()
         for measure, _, account, _ in cheap:
             if self._affordable(measure, account, moment):
@@ -146,6 +153,24 @@ class Taker:
                 'probe="current" needs the batch: monitor.step(loss, batch=(inputs, targets)).'
             )
         return self.problem.with_data([batch], check=False)
+
+    def _note(self, measure: Measure, account: Account, step: int, loss: Any) -> None:
+        start = self.budget.clock()
+        estimate = account.estimate if account.taken else 0.0
+        if not self.budget.allows(measure.name, estimate):
+            self._thin(measure, account, estimate)
+            return
+        try:
+            self._reports.note(step, loss)
+            account.in_succession = 0
+            account.taken += 1
+        except StopTraining:
+            account.taken += 1
+            raise
+        except Exception as error:
+            self._fail(measure, account, error)
+        finally:
+            account.spend(self.budget.clock() - start)
 
     def _take(self, measure: Measure, account: Account, moment: Moment, spent: float) -> None:
         start = self.budget.clock()
