@@ -167,7 +167,11 @@ def estimated_rank_correlation(pair: Pair) -> Value:
         return Value(value, 0.0, "exact")
     keep = ~np.eye(count, dtype=bool)
     left_out = [pearson(ranks(values[0][k]), ranks(values[1][k])) for k in keep]
-    return Value(value, sampling_error(left_out, count / pair.size), "estimated")
+    share = count / pair.size
+    # where all rows agree in order, "none of n" still leaves about 1 / n of the others, and a row
+    # at a random place among n costs 1 / n
+    spread = max(sampling_error(left_out, share), (1 - share) / count)
+    return Value(value, spread, "estimated")
 
 
 def ranks(values: np.ndarray) -> np.ndarray:

@@ -114,11 +114,11 @@ def plot_density(
     floor = float(values.max()) * 1e-6
     if log:
         ax.set_yscale("log")
-        ax.set_ylim(floor, float(high.max()) * 3)
+        ax.set_ylim(floor, float(max(values.max(), np.nan_to_num(high).max())) * 3)
         log_axis(ax.yaxis, minor=False)
         low, high = np.maximum(low, floor), np.maximum(high, floor)
         values = np.maximum(values, floor)
-    if density.probes:
+    if density.probes > 1:
         ax.fill_between(grid, low, high, color=PALETTE[0], alpha=0.25, lw=0)
     ax.plot(grid, values, color=PALETTE[0] if density.probes else INK)
     ax.axvline(0, color=MUTED, lw=0.7)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy.stats import kstest
+from scipy.stats import kstest, spearmanr
 
 from curvscope.analysis import Comparison, compare
 from curvscope.analysis.facts import Facts, Limits
@@ -178,6 +178,32 @@ def test_estimates_on_request_take_no_entry_and_exact_ones_take_all(exact: Compa
             assert formed.row("(all)", kind)[name] == pytest.approx(truth[name], rel=1e-9)
     with pytest.raises(OptionError, match="method='guess'"):
         compare(stored, OTHERS, method="guess")
+
+
+def test_a_rank_correlation_of_some_rows_is_never_sure() -> None:
+    """Rows that were not drawn may be in another order, even where all that were drawn agree."""
+    size = 1000
+    generator = torch.Generator().manual_seed(0)
+    entries = torch.rand(size, generator=generator, dtype=torch.float64) + 0.1
+    operators = {
+        name: FunctionOperator(lambda v, d=values: (v.mT * d).mT if v.ndim == 2 else v * d, size)
+        for name, values in (("reference", entries), ("same order", entries.square()))
+    }
+    other = entries + 0.2 * torch.rand(size, generator=generator, dtype=torch.float64)
+    operators["noisy"] = FunctionOperator(
+        lambda v: (v.mT * other).mT if v.ndim == 2 else v * other, size
+    )
+    truth = {"same order": 1.0, "noisy": float(spearmanr(entries, other).statistic)}
+    reference = operators.pop("reference")
+    name = "diagonal_rank_correlation"
+    deviations = []
+    for seed in range(10):
+        options = {"metrics": [name], "memory": 0, "blocks": "(all)", "seed": seed}
+        for row in compare(reference, operators, method="estimated", budget=60, **options).rows:
+            assert row.method[name] == "estimated" and 0 < row.stderr[name] < 0.2
+            deviations.append((row[name] - truth[row.approximation]) / row.stderr[name])
+    assert max(abs(z) for z in deviations) < 4.5
+    assert max(abs(z) for z in deviations) > 0.3
 
 
 def test_indefinite_matrices_and_short_budgets_say_so() -> None:

@@ -88,12 +88,13 @@ class Density(Estimated):
         low, high = float(self.nodes[used].min()), float(self.nodes[used].max())
         spread = math.sqrt(max(0.0, float(self.moments[1] - self.moments[0] ** 2)))
         error = float(self.moments_stderr[0])
-        mean = number(float(self.moments[0])) + (f" ± {number(error, 2)}" if error else "")
+        mean = number(float(self.moments[0])) + (f" ± {number(error, 2)}" if error > 0 else "")
+        taken = f"{self.probes} probe{'s' * (self.probes != 1)}"
         negative = float(self.weights[self.nodes < -self.width].sum()) / len(self.weights)
         return (
             f"Density of the {self.of} ({self.size:,} rows): eigenvalues from about {number(low)} "
             f"to {number(high)}, mean {mean}, standard deviation {number(spread)}, a share of "
-            f"{number(negative, 2)} below {number(-self.width, 2)} ({self.probes} probes of "
+            f"{number(negative, 2)} below {number(-self.width, 2)} ({taken} of "
             f"{self.steps} steps, method {self.method!r}, {self.cost}). {self.reason}"
         ).rstrip()
 
@@ -140,7 +141,7 @@ def density(
     The density is given at ``points`` places, every eigenvalue broadened to a normal of standard
     deviation ``width`` (default: a hundredth of the range; for ``"kpm"`` what its polynomials
     resolve). The band comes from the differences between probes at ``confidence`` (Student's t),
-    so it needs two probes at least, and holds for the broadened density. ``reorthogonalise`` is
+    so it is NaN with one probe, and holds for the broadened density. ``reorthogonalise`` is
     ``"full"``, ``"selective"`` (only when orthogonality is about to be lost) or ``"none"``.
     ``budget`` limits the products: fewer probes are taken if they do not fit. ``seed`` gives the
     probes. ``checkpoint`` names a file from which the same call goes on after an interruption, with
@@ -168,7 +169,7 @@ def density(
     op = matrix_of(op)
     check_option("method", method, ("auto", "slq", "kpm", "exact"))
     check_option("reorthogonalise", reorthogonalise, REORTHOGONALISE)
-    probes, steps = check_count("probes", probes, 2), check_count("steps", steps, 2)
+    probes, steps = check_count("probes", probes), check_count("steps", steps, 2)
     points, seed = check_count("points", points, 2), check_seed(seed)
     confidence = check_confidence(confidence)
     if width is not None and not 0 < float(width) < math.inf:
@@ -184,10 +185,12 @@ def density(
         method = "exact" if decomposable(op) else "slq"
     meter = Meter(op)
     steps = min(steps, op.shape[0])
-    reason, warnings = f"It took the {probes} probes asked for.", []
+    reason, warnings = f"It took the {probes} probe{'s' * (probes > 1)} asked for.", []
     if budget is not None and method != "exact":
         each = steps
-        check_budget(budget, 2 * each + (20 if method == "kpm" else 0), f"method={method!r}")
+        check_budget(
+            budget, min(2, probes) * each + (20 if method == "kpm" else 0), f"method={method!r}"
+        )
         fitting = (budget - (20 if method == "kpm" else 0)) // each
         if fitting < probes:
             probes = fitting
@@ -215,8 +218,12 @@ def density(
     )
     powers = found.moments if found.moments is not None else _powers(found.nodes, found.weights)
     mean, error = _mean(curves)
-    half = quantile(confidence, probes - 1) * error if probes else error
+    half = quantile(confidence, probes - 1) * error if probes > 1 else error
+    if probes == 1:
+        warnings.append("One probe says nothing of its own error; probes=2 or more give a band.")
     moments, moments_stderr = _mean(powers)
+    if probes == 1:
+        half, moments_stderr = half.fill_(math.nan), moments_stderr.fill_(math.nan)
     return Density(
         of=title(op),
         size=op.shape[0],

@@ -125,11 +125,27 @@ def test_a_budget_takes_fewer_probes() -> None:
     assert len(found.to_frame()) == 400 and "Density" in found.summary()
 
 
+@pytest.mark.parametrize("method", ["slq", "kpm"])
+def test_one_probe_has_no_band(method: str) -> None:
+    op = by_products(with_spectrum(SPECTRA["decaying"]))
+    found = cs.density(op, method=method, probes=1, steps=20, width=0.05)
+    two = cs.density(op, method=method, probes=2, steps=20, width=0.05)
+    torch.testing.assert_close(found.nodes[0], two.nodes[0])
+    assert float(torch.trapezoid(found.density, found.grid)) == pytest.approx(1.0, abs=0.01)
+    assert bool(found.low.isnan().all() and found.high.isnan().all())
+    assert bool(found.moments_stderr.isnan().all()) and bool(torch.isfinite(found.moments).all())
+    assert "probes=2" in found.warnings[0] and "nan" not in found.summary()
+    assert "1 probe of" in found.summary()
+    cs.plot.plot_density(found)
+    if method == "slq":
+        assert found.products == 20 and cs.density(op, probes=1, steps=20, budget=20).probes == 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"budget": 100}, "needs at least 128 products"),
-        ({"probes": 1}, "probes=1 must be an integer of at least 2"),
+        ({"probes": 0}, "probes=0 must be an integer of at least 1"),
         ({"width": 0.0}, "width=0.0 must be positive"),
         ({"reorthogonalise": "never"}, "reorthogonalise='never'"),
         ({"method": "lanczos"}, "method='lanczos'"),
