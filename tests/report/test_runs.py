@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import json
 import re
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from curvscope.report import diff, read_report
 from curvscope.report.numbers import shown
 from curvscope.report.runs import holds_runs, make_runs_report
 from curvscope.report.runs.gather import gather
+from curvscope.report.runs.logged import logged_numbers
 from curvscope.report.runs.steps import SHARP, step_table
 
 from .browser import Browser, browser, find
@@ -162,3 +164,67 @@ def test_the_page_in_a_browser(chromium: Browser, trained: Path) -> None:
     tab.size(690, 1000)
     assert tab.evaluate("document.documentElement.scrollWidth") <= 690
     assert tab.errors == []
+
+
+@pytest.fixture(scope="session")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One training in a loop of its own, which logs numbers, of a model with an uncovered layer."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Tanh(), nn.Linear(3, 2))
+    inputs = torch.randn(24, 4)
+    targets = (inputs[:, 0] > 0).long()
+    watched = cs.Problem(model, nn.CrossEntropyLoss(), (inputs, targets))
+    optimizer = cs.optim.KFAC(model, lr=0.05, damping=0.1)
+    path = tmp_path_factory.mktemp("run")
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(inputs), targets)
+        loss.backward()
+        return loss
+
+    with cs.Monitor(watched, optimizer, path=path, every=4, budget=None) as monitor:
+        for step in range(12):
+            monitor.step(optimizer.step(closure))
+            monitor.log("validation", loss=1.0 / (step + 1), right=step / 12)
+            monitor.log("epoch", rate=0.1)
+    make_runs_report(path)
+    return path
+
+
+def test_the_page_of_a_single_run_says_what_it_shows(watched: Path) -> None:
+    page = (watched / "report" / "report.html").read_text()
+    text = re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", "", page)))
+    assert "The training loss is that of each step's minibatch, before the step." in text
+    assert "epoch's minibatches" not in text and "best learning rate" not in text
+    assert "Layer 1 has no panel" in text
+    assert "(preconditioned)" not in text
+    assert "of the Hessian H itself, since the curvature of K-FAC leaves parameters out" in text
+    svg = (watched / "report" / "figures" / "own-error.svg").read_text()
+    assert svg.count("<clipPath ") == 2  # of three layers
+
+
+def test_numbers_of_the_loop_are_shown(watched: Path, trained: Path) -> None:
+    runs = gather(watched)
+    assert logged_numbers(runs) == [
+        ("validation", "loss"),
+        ("validation", "right"),
+        ("epoch", "rate"),
+    ]
+    svg = (watched / "report" / "figures" / "logged.svg").read_text()
+    assert svg.count("<clipPath ") == 3
+    with (watched / "report" / "csv" / "logged.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["loss"]]
+    assert [float(row["loss"]) for row in rows] == [1.0 / (k + 1) for k in range(12)]
+    assert (
+        not logged_numbers(gather(trained))
+        and "Logged by the loop" not in (trained / "report" / "report.html").read_text()
+    )
+
+
+def test_the_slider_of_a_single_run(chromium: Browser, watched: Path) -> None:
+    tab = chromium.tab()
+    tab.open(watched / "report" / "report.html")
+    assert tab.evaluate("document.getElementById('step-output').textContent") == "12"
+    last = "document.querySelector('#steps tbody tr:last-child').cells[0].textContent"
+    assert SHARP in tab.evaluate(last) and not tab.errors

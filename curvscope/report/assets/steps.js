@@ -18,7 +18,7 @@
     const show = () => {
       const now = values[Number(slider.value)];
       for (const row of table.tBodies[0].rows) {
-        const found = now[rows.indexOf(row.cells[0].textContent)];
+        const found = now[rows.indexOf(row.cells[0].firstChild.textContent.trim())];
         found.forEach(([main, small], k) => {
           const cell = row.cells[k + 1];
           cell.replaceChildren(main === null ? "–" : page.number(main, 3));

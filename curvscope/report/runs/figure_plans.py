@@ -6,11 +6,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from ...analysis.result import listing
 from ...plotting.marks import readout
 from ...plotting.style import INK, PALETTE, log_axis, short, whole_numbers
 from ..figure_plans import Plan
 from .gather import Group, Member, Runs, band
 from .lines import blank, colour_of, column, draw_band, heights, logarithmic, of_block, over_seconds
+from .logged import logged_plan
 
 _PANELS = 8  # blocks that one picture shows
 _COLUMNS = 4
@@ -31,7 +33,8 @@ def plans(runs: Runs) -> list[Plan]:
     found += [_own(runs, "error"), _own(runs, "cosine")]
     found += [_beside(runs, name, group) for name, group in runs.groups.items()]
     found.append(_sharpness(runs))
-    return found
+    logged = logged_plan(runs)
+    return found if logged is None else [*found, logged]
 
 
 def _seeds(runs: Runs) -> str:
@@ -75,16 +78,30 @@ def _progress(runs: Runs, axis: str) -> Plan:
         f"progress-{'seconds' if axis == 'seconds' else 'epochs'}",
         "",
         f"Lines of {', '.join(_TITLES[k] for k in keys)} over {over}, one per optimizer.",
-        f"Each optimizer at its best learning rate, over {over}. "
+        f"{'Over' if runs.alone else 'Each optimizer at its best learning rate, over'} {over}. "
         + _seeds(runs)
         + (
             "The monitor's own time, tests and checkpoints are not counted."
             if axis == "seconds"
-            else "The training loss is the mean over an epoch's minibatches, while they are learnt."
+            else _what_loss(runs)
         ),
         (2.7 * max(1, len(keys)) + 0.6, 3.0 + 0.18 * math.ceil(len(runs.groups) / 3)),
         draw,
         reason="" if keys else "No run has a record of its loss.",
+    )
+
+
+def _what_loss(runs: Runs) -> str:
+    """What a point of the training loss is."""
+    if runs.axis == "epoch":
+        return "The training loss is the mean over an epoch's minibatches, while they are learnt."
+    sizes = {member.steps_per_point for member in runs.members} - {0}
+    if sizes == {1}:
+        return "The training loss is that of each step's minibatch, before the step."
+    most = max(sizes, default=1)
+    return (
+        "The training loss is that of the steps' minibatches, each before its step; a point is the "
+        f"mean of {'up to ' if len(sizes) > 1 else ''}{most} steps."
     )
 
 
@@ -151,7 +168,8 @@ def _own(runs: Runs, key: str) -> Plan:
         "",
         f"{title} of each optimizer's curvature over the steps, a panel per layer.",
         f"{title} of the curvature that each optimizer used at that step, damping included, "
-        "against the exact block on the probe, at its best learning rate. "
+        "against the exact block on the probe"
+        f"{'' if runs.alone else ', at its best learning rate'}. "
         + (
             "1 is the error of the zero matrix: an optimizer whose matrix is of another scale "
             "than the curvature lies above it. "
@@ -159,10 +177,10 @@ def _own(runs: Runs, key: str) -> Plan:
             else "It does not depend on scale: 1 is the exact matrix up to a factor. "
         )
         + _seeds(runs)
-        + _left_out(runs, blocks),
+        + _left_out(runs, blocks, "error"),
         _size(len(blocks), 1),
         draw,
-        reason="" if having else "No run has errors of its optimizer's curvature.",
+        reason="" if having and blocks else "No run has errors of its optimizer's curvature.",
     )
 
 
@@ -197,7 +215,7 @@ def _beside(runs: Runs, name: str, group: Group) -> Plan:
         f"{name}: the matrix that the optimizer used (black) beside K-FAC, diagonal Kronecker "
         "factors and Hutchinson's diagonal, computed afresh at the same parameters. Where black "
         "lies above, factors are old, averaged or damped; where all lie high, it is the price of "
-        "the structure. " + _seeds(runs) + _left_out(runs, blocks),
+        "the structure. " + _seeds(runs) + _left_out(runs, blocks, "fresh", members),
         (min(12.5, max(4.6, 2.1 * len(blocks) + 0.6)), 4.6),
         draw,
         reason="" if blocks else f"{name} has no measurements of fresh approximations.",
@@ -224,8 +242,8 @@ def _sharpness(runs: Runs) -> Plan:
                 curve = band(members, of_block("sharpness", "", key))
                 draw_band(ax, curve, color=colour, ls=ls, label=short(name), series=name)
             readout(ax, "step", "λ_max · lr")
-            logarithmic(ax)
             ax.axhline(2.0, color=INK, lw=1.0, ls=(0, (5, 1.5)))
+            logarithmic(ax)
             ax.set_title(keys[key])
             ax.set_xlabel("step")
             ax.grid(True, axis="y")
@@ -236,8 +254,10 @@ def _sharpness(runs: Runs) -> Plan:
         "",
         "Largest eigenvalue times learning rate over the steps, with a line at 2.",
         "On a quadratic, descent is stable below the dashed line at 2. For an optimizer with a "
-        "preconditioner P the matrix that counts is P H (right; Cohen et al. 2022); the left "
-        "picture is for plain gradient descent. Momentum moves the limit up. " + _seeds(runs),
+        "preconditioner P, which it multiplies the gradient by, the matrix that counts is P H"
+        + (" (right; Cohen et al. 2022); the left picture is" if len(having) > 1 else "; this is")
+        + " for plain gradient descent. Momentum moves the limit up. "
+        + _seeds(runs),
         (3.5 * max(1, len(having)) + 0.4, 3.3),
         draw,
         reason="" if having else "No run measured the sharpness.",
@@ -247,19 +267,36 @@ def _sharpness(runs: Runs) -> Plan:
 # -- pieces ----------------------------------------------------------------------------------------
 
 
-def _blocks(runs: Runs, measure: str, members: Sequence[Member] | None = None) -> list[str]:
-    """Blocks with records of a measure: the largest ones, in the order of the network."""
+def _blocks(
+    runs: Runs, measure: str, members: Sequence[Member] | None = None, *, most: int = _PANELS
+) -> list[str]:
+    """Blocks with errors in a measure: the largest ones, in the order of the network."""
     members = [m for _, ms in runs.best() for m in ms] if members is None else members
-    sizes = {str(r["block"]): float(r.get("size", 0)) for m in members for r in m.rows(measure)}
-    kept = sorted(sizes, key=lambda block: -sizes[block])[:_PANELS]
+    sizes = {
+        str(r["block"]): float(r.get("size", 0))
+        for m in members
+        for r in m.rows(measure)
+        if isinstance(r.get("error"), int | float) and math.isfinite(r["error"])
+    }
+    kept = sorted(sizes, key=lambda block: -sizes[block])[:most]
     return [block for block in runs.blocks if block in kept]
 
 
-def _left_out(runs: Runs, blocks: Sequence[str]) -> str:
-    more = len(runs.blocks) - len(blocks)
-    if more <= 0:
-        return ""
-    return f"The {len(blocks)} largest layers are shown; csv/errors.csv has all {len(runs.blocks)}."
+def _left_out(runs: Runs, blocks: Sequence[str], measure: str, members: Any = None) -> str:
+    """Which layers have no panel: those that nothing covers, and all but the largest."""
+    known = _blocks(runs, measure, members, most=len(runs.blocks))
+    told = []
+    if len(known) > len(blocks):
+        told.append(
+            f"The {len(blocks)} largest layers are shown; csv/errors.csv has all {len(known)}."
+        )
+    if bare := [block for block in runs.blocks if block not in known]:
+        one = len(bare) == 1
+        told.append(
+            f"{'Layer' if one else 'Layers'} {listing(bare)} {'has' if one else 'have'} no panel: "
+            "no error could be had there, as where a curvature leaves parameters out."
+        )
+    return " ".join(told)
 
 
 def _panels(figure: Any, count: int) -> list[Any]:

@@ -18,6 +18,8 @@ from ...training.store import HEADER
 if TYPE_CHECKING:
     import pandas as pd
 
+PROGRESS = ("epoch", "step", "seconds", "train_loss", "test_loss", "test_accuracy")
+"""Columns of a run's progress, as ``curvscope train`` writes them."""
 _BINS = 100  # points of a loss curve of a run that has no epochs
 
 
@@ -38,16 +40,28 @@ class Member:
         """Columns ``epoch`` or ``step``, ``seconds``, ``train_loss`` and those of tests."""
         import pandas as pd
 
-        if "epoch" in self.run.measures:
-            wanted = ("epoch", "step", "seconds", "train_loss", "test_loss", "test_accuracy")
+        if self.has_epochs:
             frame = self.run.frame("epoch")
-            return frame[[name for name in wanted if name in frame.columns]]
+            return frame[[name for name in PROGRESS if name in frame.columns]]
         if "loss" not in self.run.measures:
             return pd.DataFrame({"step": [], "seconds": [], "train_loss": []})
         frame = self.run.frame("loss")[["step", "seconds", "loss"]]
-        size = max(1, math.ceil(len(frame) / _BINS))
+        size = self.steps_per_point
         means = frame.groupby([place // size for place in range(len(frame))]).mean()
         return means.rename(columns={"loss": "train_loss"})
+
+    @cached_property
+    def has_epochs(self) -> bool:
+        """Whether there is a record per epoch with its number and loss, and not just of steps."""
+        rows = self.run.rows("epoch") if "epoch" in self.run.measures else []
+        return any({"epoch", "train_loss"} <= set(row) for row in rows)
+
+    @property
+    def steps_per_point(self) -> int:
+        """How many steps' losses a point of the progress is the mean of; 0 with epochs."""
+        if self.has_epochs:
+            return 0
+        return max(1, math.ceil(len(self.run.rows("loss")) / _BINS))
 
     def rows(self, measure: str) -> list[dict[str, Any]]:
         """The rows of one measure."""
@@ -136,6 +150,11 @@ class Runs:
     def members(self) -> list[Member]:
         """All runs."""
         return [member for group in self.groups.values() for member in group.members]
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is one run only: nothing is chosen or compared then."""
+        return len(self.members) == 1
 
     @property
     def problem(self) -> str:

@@ -18,6 +18,7 @@ from .words import facts, settings, summary, warnings
 _SECTIONS = {
     "summary": "Summary",
     "loss": "Loss and accuracy",
+    "logged": "Logged by the loop",
     "curvature": "Curvature against the exact one",
     "steps": "Step by step",
     "stability": "Stability",
@@ -37,7 +38,11 @@ def render(
     pictures = [replace(p, svg=svg) for p, svg in zip(pictures, figures, strict=True)]
     by_kind = {picture.kind: picture for picture in pictures}
     steps = step_table(runs)
-    sections = {k: v for k, v in _SECTIONS.items() if k != "steps" or steps}
+    sections = {
+        k: v
+        for k, v in _SECTIONS.items()
+        if {"steps": steps, "logged": "logged" in by_kind}.get(k, True)
+    }
     own = [p for p in pictures if p.kind.startswith("beside-")]
     return render_page(
         "runs.html.j2",
@@ -46,6 +51,7 @@ def render(
         subtitle=", ".join(runs.groups),
         links=[Link(title, f"#{name}") for name, title in sections.items()],
         created=document["created"],
+        alone=runs.alone,
         choices=[Choice(name) for name in runs.groups] if len(runs.groups) > 1 else (),
         rules=rules,
         scripts=("steps.js",),

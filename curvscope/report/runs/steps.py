@@ -13,6 +13,7 @@ from .lines import of_block
 
 _MOST = 80  # steps that the page keeps
 SHARP = "λ_max · learning rate"
+_WHOSE = "of P H where P multiplies the gradient, else of H"
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,10 @@ def step_table(runs: Runs) -> Steps | None:
         "Relative error of each optimizer's curvature, and below it the cosine.",
         (Column("of", numeric=False), *(Column(name) for name in names)),
         [
-            [Cell(row), *(_cell(*pair) for pair in values[-1][place])]
+            [
+                Cell(row, small=_WHOSE if row == SHARP else ""),
+                *(_cell(*pair) for pair in values[-1][place]),
+            ]
             for place, row in enumerate(rows)
         ],
     )

@@ -11,6 +11,7 @@ from ..cells import Cell, Column, Table, finite, number
 from ..document import write_records
 from ..numbers import percent, seconds, shown
 from .gather import Group, Member, Runs
+from .logged import logged_numbers
 from .places import Places
 from .words import last, median, spread
 
@@ -19,10 +20,11 @@ def result_table(runs: Runs) -> Table:
     """One row per optimizer, at its best learning rate."""
     tested = any("test_loss" in m.progress.columns for m in runs.members)
     right = any("test_accuracy" in m.progress.columns for m in runs.members)
+    of = "the last epoch" if runs.axis == "epoch" else "the last steps"
     columns = [
         Column("optimizer", numeric=False),
         Column("learning rate", "The best of the rates tried; small: how many."),
-        Column("training loss", "Of the last epoch, mean and standard deviation over seeds."),
+        Column("training loss", f"Of {of}, mean and standard deviation over seeds."),
     ]
     columns += [Column("test loss")] if tested else []
     columns += [Column("test accuracy")] if right else []
@@ -34,7 +36,8 @@ def result_table(runs: Runs) -> Table:
         Column("alarms", "Raised, per training."),
     ]
     rows = [_result(runs, group, tested, right) for group in runs.groups.values()]
-    return Table("Every optimizer at its best learning rate.", tuple(columns), rows)
+    title = "The training." if runs.alone else "Every optimizer at its best learning rate."
+    return Table(title, tuple(columns), rows)
 
 
 def _result(runs: Runs, group: Group, tested: bool, right: bool) -> list[Cell]:
@@ -215,6 +218,10 @@ def write_tables(runs: Runs, places: Places, folder: Path) -> None:
             for row in m.rows(measure)
         ]
         write_records(folder / f"{name}.csv", rows)
+    logged = dict.fromkeys(name for name, _ in logged_numbers(runs))
+    rows = [{**_who(m), **row} for m in runs.members for name in logged for row in m.rows(name)]
+    if rows:
+        write_records(folder / "logged.csv", rows)
     if places.paths is not None:
         write_records(folder / "trajectories.csv", places.paths.records())
         distances = places.paths.pairs_frame()

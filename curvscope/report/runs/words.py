@@ -152,6 +152,8 @@ def _what(runs: Runs) -> str:
     how = f" for {plan['epochs']} epochs of batches of {plan['batch_size']}" if plan else ""
     if plan and plan["batch_size"] is None:
         how = f" for {plan['epochs']} epochs"
+    if runs.alone:
+        return f"{runs.problem} was trained by {names[0]}{how}, once."
     return (
         f"{runs.problem} was trained by {listing(names)}{how}: {len(runs.members)} "
         f"{'training' if len(runs.members) == 1 else 'trainings'} with {seeds} "
@@ -212,18 +214,22 @@ def _sharp(runs: Runs) -> str:
     for name, members in runs.best():
         rows = [row for m in members for row in m.rows("sharpness")]
         key = "preconditioned_product" if any("preconditioned_product" in r for r in rows) else ""
+        of = "of the Hessian H itself"
+        if key:
+            of = f"of P H, where P is what {name} multiplies the gradient by"
+        elif any(row.get("covered") is False for row in rows):
+            of += f", since the curvature of {name} leaves parameters out"
         key = key or "product"
         values = [float(r[key]) for r in rows if isinstance(r.get(key), int | float)]
         known = [v for v in values if math.isfinite(v)]
         if known:
             share = sum(v > 2 for v in known) / len(known)
-            parts.append(f"{name} in {100 * share:.0f} %")
+            parts.append(f"{name} in {100 * share:.0f} % ({of})")
     if not parts:
         return ""
     return (
-        "The largest eigenvalue of the (preconditioned) Hessian times the learning rate exceeded "
-        f"2, the limit of plain descent on a quadratic, at these shares of the measured steps: "
-        f"{', '.join(parts)}."
+        "The largest eigenvalue times the learning rate exceeded 2, the limit of plain descent on "
+        f"a quadratic, at these shares of the measured steps: {'; '.join(parts)}."
     )
 
 
