@@ -18,6 +18,7 @@ from .footprint import Footprint
 from .forward import linearised
 from .graphs import BatchGraph, HessianGraph, LinearisedGraph, Nothing, graph_bytes, split
 from .products import HESSIAN, Kind, output_product
+from .secondorder import cheap_second_derivatives
 
 ENGINES = ("auto", "fresh", "retained", "vmap", "forward")
 _TRY_FROM = 4  # vectors from which vectorising is tried
@@ -221,7 +222,7 @@ class Engine:
         if self.kind.matrix == HESSIAN:
             if self.mode == "forward":
                 return AlongGraph(self, inputs, targets)
-            outputs = problem.outputs(inputs)
+            outputs = self._outputs(inputs)
             if not outputs.requires_grad:
                 return Nothing()
             total = problem.batch_total(outputs, targets)
@@ -234,6 +235,10 @@ class Engine:
         if self._bytes is None:
             self._bytes = graph_bytes(graph.roots(), parameters)
         return graph
+
+    def _outputs(self, inputs: Any) -> Tensor:
+        with cheap_second_derivatives(self.problem.model):
+            return self.problem.outputs(inputs)
 
     def _linearised(
         self, inputs: Any, targets: Any, rows: Tensor, generator: torch.Generator, keep: bool
@@ -248,7 +253,7 @@ class Engine:
             outputs, jv = self._jvp(inputs, split(rows[0], parameters), graph=True)
             first = rows, jv
         else:
-            outputs = problem.outputs(inputs)
+            outputs = self._outputs(inputs)
         if not outputs.requires_grad:
             return Nothing()
         samples = problem.count_samples(inputs, targets)
@@ -318,7 +323,7 @@ class Engine:
             index = torch.arange(max(1, samples // 8))
             inputs, targets = select(inputs, index, samples), select(targets, index, samples)
 
-        outputs = self.problem.outputs(inputs)
+        outputs = self._outputs(inputs)
         if not outputs.requires_grad:
             return
         size = sum(p.numel() for p in self.parameters)
@@ -353,7 +358,7 @@ class Engine:
             lambda: graph.times_jacobian(parts),
             lambda: self._jvp(inputs, parts),
             lambda: self._jvp(inputs, parts, graph=True),
-            lambda: self.problem.outputs(inputs),
+            lambda: self._outputs(inputs),
         ]
         rounds = [[_seconds(run, outputs.is_cuda) for run in runs] for _ in range(2)]
         linear, reverse, forward, joint, primal = map(min, *rounds)
