@@ -74,10 +74,6 @@ class Account:
         complete = len(self.blocks) >= self.count
         return self.whole + int(min((n for n, _ in self.blocks.values()), default=0) * complete)
 
-    def in_turn(self, blocks: Iterable[str]) -> list[str]:
-        """The blocks, those first that were measured least."""
-        return sorted(blocks, key=self.times)
-
 
 def _expected(old: float, seconds: float) -> float:
     # a measurement that takes longer counts at once, one that takes less by and by
@@ -225,8 +221,7 @@ class Budget:
         self.training, self.spent = float(state["training"]), float(state["spent"])
         self.outside = float(state.get("outside", 0.0))
         for name, values in state["accounts"].items():
-            if name in self.accounts:
-                known = {k: v for k, v in values.items() if v is not None}  # null in JSON is NaN
-                mine = self.accounts[name]
-                own = {"weight": mine.weight, "steady": mine.steady, "exempt": mine.exempt}
-                self.accounts[name] = Account(**{**known, **own})
+            for key, value in values.items() if name in self.accounts else ():
+                # null in JSON is NaN; in place, for those who hold the account
+                if key not in ("weight", "steady", "exempt", "count") and value is not None:
+                    setattr(self.accounts[name], key, value)

@@ -125,7 +125,9 @@ class _Compared(Measure):
     def price(self, moment: Moment) -> float:
         """That of the reference's blocks, and as much again for the comparison."""
         if self.estimated(moment):
-            return 4.0 + 4.0 * PRODUCTS * len(moment.blocks)
+            members = [name for block in moment.blocks for name in moment.problem.blocks[block]]
+            share = moment.problem.layout.restrict(members).numel / moment.problem.layout.numel
+            return 2.0 + PRODUCTS * (0.25 * len(moment.blocks) + 1.5 * share)
         return 4.0 + 0.5 * passes(moment)
 
 
@@ -145,7 +147,7 @@ class Error(_Compared):
     """
 
     name = "error"
-    weight = 6.0
+    weight = 10.0
     by_block = True
 
     def __init__(

@@ -26,7 +26,7 @@ class Sharpness(Measure):
     """
 
     name = "sharpness"
-    weight = 6.0
+    weight = 4.0
 
     def __init__(self, steps: int = 12, tol: float = 0.01) -> None:
         self.steps, self.tol = steps, tol

@@ -253,11 +253,20 @@ class Taker:
         return self._free or self.budget.share is None or account.exempt
 
     def _pieces(self, measure: Measure, account: Account) -> list[str]:
-        """What a measure is taken in: its blocks in turn, or ``""`` for the whole."""
+        """What a measure is taken in: its blocks, or ``""`` for the whole.
+
+        Those first that were taken least, and of them the cheapest.
+        """
         if not measure.by_block:
             return [""]
         probe = self.problem if self.probe is None else self.probe
-        return account.in_turn(probe.blocks)
+
+        def seconds(block: str) -> float:
+            known = account.expected(block)
+            known = known if known == known else self._first.get((measure.name, block), 0.0)
+            return known if known == known else 0.0
+
+        return sorted(probe.blocks, key=lambda block: (account.times(block), seconds(block)))
 
     def _conceivable(self, measure: Measure, _: Schedule, account: Account, priced: bool) -> bool:
         """Whether there may be time for a measure, before anything is done for it."""
