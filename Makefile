@@ -75,7 +75,7 @@ unit: $(DEV)
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST)
 
 # Tables of benchmarks/results/; peers that are installed are measured beside curvscope.
-BENCHMARKS ?= blocks eigenpairs optimizers products monitor $(if $(DATA),kbfgs_mnist)
+BENCHMARKS ?= blocks eigenpairs optimizers products spectra monitor $(if $(DATA),kbfgs_mnist)
 bench: $(DEV)
 	@for name in $(BENCHMARKS); do \
 	  echo "== $$name"; \

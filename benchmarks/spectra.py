@@ -109,6 +109,7 @@ def _interleaved(
 def _row(task: str, ours: list[float], theirs: list[float]) -> list[str]:
     ratio = statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
     seconds = (f"{statistics.median(times):.2f} s" for times in (theirs, ours))
+    task = f"{task}, {torch.get_num_threads()} threads"
     return [task, "PyHessian", *seconds, f"{ratio:.2f}"]
 
 

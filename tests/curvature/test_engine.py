@@ -239,6 +239,31 @@ def test_models_without_forward_mode_or_batching_rule() -> None:
             MATRICES[name](problem, engine="forward") @ v
 
 
+@pytest.mark.parametrize(
+    ("seconds", "vectorised"),
+    [((9.0, 2.0, 1.0), False), ((9.0, 2.0, 8.0), True), ((1.0, 2.0), False)],
+    ids=["slow by chance", "faster", "slower"],
+)
+def test_vectors_go_together_only_where_that_is_faster_twice(
+    monkeypatch: pytest.MonkeyPatch, seconds: tuple[float, ...], vectorised: bool
+) -> None:
+    """One slow pass on a busy machine decides nothing."""
+    clock, left = [0.0], list(seconds)
+
+    class Graph:
+        def add(self, rows: Tensor, total: Tensor, scale: float, **_: bool) -> None:
+            total += rows
+            clock[0] += left.pop(0)
+
+    op = cs.hessian(problem_of())
+    op @ columns(op.problem, 1)
+    found = op._engine
+    assert found is not None
+    monkeypatch.setattr(engine_module.time, "perf_counter", lambda: clock[0])
+    found._try_vectorised(Graph(), torch.randn(4, 3))  # type: ignore[arg-type]
+    assert found._vectorised is vectorised and not left
+
+
 def test_what_vectorised_passes_cannot_do_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     layers = (nn.Flatten(), nn.Linear(16, 6), nn.Tanh(), nn.Linear(6, 4))
     problem = problem_of(seeded(lambda: nn.Sequential(*layers)))
