@@ -1,6 +1,9 @@
 """Matrix-vector products with Hessian and GGN against hand-written code and other libraries.
 
-    python benchmarks/products.py [--threads 2] [--rounds 7] [--device cuda]
+    python benchmarks/products.py [--threads 2] [--rounds 7] [--device cpu]
+
+Without ``--device`` on the CPU and, where there is one, on the GPU, a table each. Peers that are
+not installed are left out.
 
 Times are medians of interleaved rounds, as multiples of one gradient (forward plus backward pass of
 the same batch) of the same round, all with the same attention kernel. *fastest peer*: a median of
@@ -120,7 +123,8 @@ def single(case: cases.Case, rounds: int, sync: Callable[[], None]) -> list[list
         hand = peer = ""
         if "curvscope" in name:
             fastest = _fastest_peer(times, matrix, "fresh" in name)
-            peer = f"{median_ratio(times, name, fastest):.2f} ({fastest.partition(', ')[2]})"
+            if fastest is not None:
+                peer = f"{median_ratio(times, name, fastest):.2f} ({fastest.partition(', ')[2]})"
             if matrix == "Hessian" and "auto" not in name:
                 kind = "fresh" if "fresh" in name else "retained"
                 hand = f"{median_ratio(times, name, f'Hessian by hand, {kind}'):.2f}"
@@ -130,11 +134,14 @@ def single(case: cases.Case, rounds: int, sync: Callable[[], None]) -> list[list
     return rows
 
 
-def _fastest_peer(times: dict[str, list[float]], matrix: str, fresh: bool) -> str:
-    """Of the other libraries; one that keeps its graph is no peer of a product that does not."""
+def _fastest_peer(times: dict[str, list[float]], matrix: str, fresh: bool) -> str | None:
+    """Of the other libraries, ``None`` where none is installed that gives this matrix.
+
+    One that keeps its graph is no peer of a product that does not.
+    """
     peers = [n for n in times if n.startswith(f"{matrix}, ") and "curvscope" not in n]
     peers = [n for n in peers if not (fresh and "retained" in n)]
-    return min(peers, key=lambda name: statistics.median(times[name]))
+    return min(peers, key=lambda name: statistics.median(times[name]), default=None)
 
 
 def block(name: str, rounds: int, sync: Callable[[], None], device: str) -> list[list[str]]:
@@ -177,18 +184,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2, help="threads of torch (default 2)")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds (default 7)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--device", help="cpu or cuda (default: what there is of them)")
     parser.add_argument("--cases", nargs="*", default=list(cases.CASES))
     parser.add_argument("--data", help="not used: the data are random, of the real shapes")
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
-    sync = torch.cuda.synchronize if chosen.device == "cuda" else (lambda: None)
+    available = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    for device in [chosen.device] if chosen.device else available:
+        table(device, chosen.cases, chosen.rounds)
+
+
+def table(device: str, names: list[str], rounds: int) -> None:
+    """Measure some of the networks on a device; rows of the others stay as they are on disk."""
+    sync = torch.cuda.synchronize if device == "cuda" else (lambda: None)
     found = {}
     with sdpa_kernel(SDPBackend.MATH):
-        for name in chosen.cases:
-            rows = single(to(cases.make(name), chosen.device), chosen.rounds, sync)
-            found[name] = rows + block(name, max(2, chosen.rounds // 3), sync, chosen.device)
-    suffix = "" if chosen.device == "cpu" else f"_{chosen.device}"
+        for name in names:
+            rows = single(to(cases.make(name), device), rounds, sync)
+            found[name] = rows + block(name, max(2, rounds // 3), sync, device)
+    suffix = "" if device == "cpu" else f"_{device}"
     header = ["network", "product", "gradients", "by hand", "fastest peer", "MiB", "error"]
     store = common.RESULTS / f"products{suffix}.json"
     kept = json.loads(store.read_text()) if store.exists() else {}
