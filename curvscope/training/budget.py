@@ -15,6 +15,7 @@ _INSIDE = 0.9  # of the budget; the step after a measurement finds its caches co
 _RESERVE = 0.005  # seconds, for ending the run
 _STEADY = 0.4  # of the budget, for all measures that are taken at every step
 _FOR_ALL = 0.25  # of what is left, for a measure's first time though another one waits
+_WARM = 0.75  # of the first measurement of a block, which prepares what later ones find ready
 _GUESS = 1.3  # the price of a first measurement is not known any better
 
 
@@ -58,7 +59,8 @@ class Account:
         """Book the measurement of one block, within the budget."""
         self.spend(seconds)
         times, old = self.blocks.get(block, (0, math.nan))
-        self.blocks[block] = [times + 1, _expected(old, seconds)]
+        expected = _expected(old, seconds) if times else _WARM * seconds
+        self.blocks[block] = [times + 1, expected]
 
     def times(self, block: str) -> float:
         """How often a block was measured; ``""`` is the measure as a whole."""

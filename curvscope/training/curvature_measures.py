@@ -281,7 +281,7 @@ class Preconditioner(Measure):
     """Facts about the matrix that multiplies the gradient, block by block.
 
     ``finite``; ``trace``; ``norm`` (Frobenius); ``from_identity``, its relative Frobenius distance
-    ``sqrt(1 - tr^2 / (n ||P||^2))`` to the nearest multiple of the identity.
+    ``sqrt(1 - tr^2 / (n ||P||^2))`` to the nearest multiple of the identity (NaN for one row).
     """
 
     name = "preconditioner"
@@ -294,7 +294,8 @@ class Preconditioner(Measure):
         rows: Rows = []
         for name, block in op.blocks.items():
             norm, trace = block.frobenius_norm(), block.trace()
-            share = trace * trace / (block.shape[0] * norm * norm) if norm else math.nan
+            size = block.shape[0]  # a single number says nothing of a shape
+            share = trace * trace / (size * norm * norm) if norm and size > 1 else math.nan
             rows.append(
                 optimizer_row(
                     moment,
