@@ -236,7 +236,8 @@ def _members(
         if name not in given:
             if members is not None or block.layout is None:
                 raise OptionError(
-                    f"members does not say which parameters block {name!r} consists of."
+                    f"members= does not say which parameters block {name!r} consists of: pass "
+                    "members=problem.blocks, or a mapping of block names to parameter names."
                 )
             given[name] = block.layout.names
     result: dict[str, tuple[str, ...]] = {}

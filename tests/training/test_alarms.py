@@ -212,3 +212,20 @@ def test_no_alarms(tmp_path: Path) -> None:
     optimizer = cs.optim.AdaFisher(model, lr=1e-3, damping=1e3, update_every=1)
     run = watch_training("", model, 2, tmp_path / "r", optimizer=optimizer, alarms=())
     assert run.alarms.empty and not run.problems
+
+
+def test_a_single_number_is_no_multiple_of_the_identity(tmp_path: Path) -> None:
+    model = nn.Linear(1, 1, bias=False)
+    x = torch.randn(8, 1)
+    problem = cs.Problem(model, nn.MSELoss(), (x, 2 * x))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    options = {"measures": "preconditioner", "budget": None, "every": 1}
+    with cs.Monitor(problem, optimizer, tmp_path / "a", **options) as monitor:
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = nn.functional.mse_loss(model(x), 2 * x)
+            loss.backward()
+            optimizer.step()
+            monitor.step(loss)
+    run = cs.Run(tmp_path / "a")
+    assert len(run.rows("preconditioner")) == 3 and not len(run.alarms)
