@@ -131,6 +131,7 @@ class Verification(Result):
             names = [name for name, found in self.trust.items() if found == verdict]
             if names:
                 lines.append(f"{verdict.capitalize()}: {listing(names, len(names))}.")
+        lines += [f"Undecided: {c.name}. {c.sentence}" for c in self.checks if c.status == SKIPPED]
         against: dict[str, list[str]] = {}
         for name, found in self.trust.items():
             if found == DISTRUST:
