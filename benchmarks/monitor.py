@@ -208,7 +208,8 @@ def main() -> None:
     rows = [kept[key] for key in order if key in kept]
     header = (
         "problem", "optimizer", "seconds", "steps", "ms per step", "overhead", "inside the monitor",
-        "by the monitor itself", "taken: error", "every layer's", "sharpness", "others", "same bits", "memory",
+        "by the monitor itself", "taken: error", "every layer's", "sharpness",
+        "others", "same bits", "memory",
     )  # fmt: skip
     written = []
     for r in rows:
@@ -219,7 +220,9 @@ def main() -> None:
             f"{1e3 * r['step']:.3g}",
             f"{100 * r['overhead']:.1f} %", f"{100 * r['inside']:.1f} %",
             f"{100 * r['own']:.1f} %", taken.get("error", "-"),
-            "-" if r.get("rounds") is None else r["rounds"], taken.get("sharpness", "-"), others, "yes" if r["same"] else "NO", f"{r['grown'] / 2**20:+.1f} MiB",
+            "-" if r.get("rounds") is None else r["rounds"],
+            taken.get("sharpness", "-"), others, "yes" if r["same"] else "NO",
+            f"{r['grown'] / 2**20:+.1f} MiB",
         ))  # fmt: skip
     notes = (
         "Two copies of a training take turns step by step; one "
@@ -227,8 +230,8 @@ def main() -> None:
         "*Overhead*: the time of the watched one (making and ending the monitor included) over "
         "that of the other, minus 1. *Inside the monitor*: the part of it that passes in the "
         "monitor's own calls, by a clock outside it. *By the monitor itself*: `monitor.overhead`. "
-        "*Taken*: how often the measures were taken within the share of 5 %, of `error` the visits with "
-        "some layers' and how often every layer had its turn. *Same bits*: whether "
+        "*Taken*: how often the measures were taken within the share of 5 %, of `error` the "
+        "visits with some layers' and how often every layer had its turn. *Same bits*: whether "
         "both ended with the same parameters and buffers. *Memory*: growth of the process over "
         "the second half. *Seconds*: of each training, of the processor (cpu) or on the wall."
     )
