@@ -92,6 +92,8 @@ class CurvatureOptimizer(Inspection, torch.optim.Optimizer):
             self.model, self.blocks, self.params, self.layer_types
         )
         self._facts = checks.Facts(self.params, self._explicit)
+        # positions, not the groups themselves, which loading a state replaces
+        self._positions = {id(p): k for k, g in enumerate(self.param_groups) for p in g["params"]}
         self._bound = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -164,7 +166,7 @@ class CurvatureOptimizer(Inspection, torch.optim.Optimizer):
 
     def group_of(self, parameter: Tensor) -> dict[str, Any]:
         """The parameter group of a parameter."""
-        return next(g for g in self.param_groups if any(p is parameter for p in g["params"]))
+        return self.param_groups[self._positions[id(parameter)]]
 
     def _common(self, block: str, option: str) -> float | None:
         """An option of the groups of a block's parameters, where it is the same for all."""
@@ -180,21 +182,23 @@ class CurvatureOptimizer(Inspection, torch.optim.Optimizer):
         """Means over the process group; the tensors themselves where there is none."""
         return average(tensors, self._process_group)
 
-    def _on_all_ranks(self, blocks: Sequence[str], *, refuse: bool = False) -> list[str]:
+    def _on_all_ranks(self, blocks: Iterable[str], *, refuse: str = "") -> list[str]:
         """Those of the blocks that all ranks have; otherwise they would average unlike things.
 
-        ``refuse``: raises ``ModelError`` on all ranks if only some of them have a block.
+        ``refuse``: what is not done, in words; raises ``ModelError`` on all ranks if only some of
+        them have a block.
         """
+        blocks = list(blocks)
         if self._process_group is None:
-            return list(blocks)
+            return blocks
         have = torch.tensor([float(b in blocks) for b in self.layers], device=self.device)
         share = dict(zip(self.layers, self.average([have])[0].tolist(), strict=True))
         some = [b for b, value in share.items() if 0 < value < 1]
         if some and refuse:
             raise ModelError(
-                f"{self.method} did not take step {self.steps + 1}: the layer {some[0]!r} ran on "
-                "some ranks only. Send samples through it on every rank, or leave its parameters "
-                "to another optimizer with params=."
+                f"{self.method} did not {refuse}: the layer {some[0]!r} ran on some ranks only. "
+                "Send samples through it on every rank, or leave its parameters to another "
+                "optimizer with params=."
             )
         return [b for b in self.layers if b in blocks and b not in some]
 

@@ -27,7 +27,7 @@ from .passes import (
 )
 from .rows import Rows
 from .statistics import InputMoments, OutputMeans
-from .tap import LayerCall
+from .tap import LayerCall, LayerTap
 
 
 @dataclass
@@ -68,6 +68,11 @@ class KBFGS(CurvatureOptimizer):
     Call :meth:`warm_start` before training, as the authors do; otherwise ``A`` starts as the first
     minibatch's. ``full_batch=True`` is for data that are one batch: no smoothing of the pairs, and
     ``A`` starts at zero.
+
+    An exception in the first call (an interrupt, lack of memory) leaves everything as it was. One
+    in the second call is passed on when steps 1 to 3 are done: parameters, momentum and ``A`` have
+    moved, and the step counts, as one whose pairs were skipped (``H_g``, ``H_a`` and the smoothed
+    ``s``, ``y`` stay as they were). Training can go on from there.
 
     It covers Linear (any number of axes) and Conv1d, 2d, 3d (stride, padding, dilation, groups);
     other parameters follow ``fallback``. Against the release: any batch size, layers and losses,
@@ -195,7 +200,8 @@ class KBFGS(CurvatureOptimizer):
 
         ``forward(model, batch)`` calls the model; by default on the first entry of a batch that is
         a list or tuple, or on the batch itself. Buffers and random states are left as they are.
-        Raises ``OptionError`` after the first step and with ``full_batch=True``.
+        Raises ``OptionError`` after the first step and with ``full_batch=True``,
+        ``ModelError`` where a layer ran on some ranks only.
         """
         if self.full_batch or self.steps:
             when = "with full_batch=True" if self.full_batch else "after the first step"
@@ -214,13 +220,15 @@ class KBFGS(CurvatureOptimizer):
                     sums[block] = sums[block] + moment if block in sums else moment
                     batches[block] = batches.get(block, 0) + 1
         self._seen = {}
-        if not sums:
+        blocks = self._on_all_ranks(sums, refuse="make its warm start")
+        if not blocks:
             raise DataError("The loader gave no batch, or none in which a covered layer ran.")
-        means = self.average([sums[block] / batches[block] for block in sums])
-        for block, mean in zip(sums, means, strict=True):
+        means = self.average([sums[block] / batches[block] for block in blocks])
+        for block, mean in zip(blocks, means, strict=True):
             if not checks.finite(mean):
                 raise NonFiniteError(f"The inputs of layer {block!r} are NaN or infinite.")
-            self.block_state(block).update(A=mean, warm=True)
+        for block, mean in zip(blocks, means, strict=True):
+            self.block_state(block).update(A=mean.clone(), warm=True)  # not a view of one buffer
 
     def step(self, closure: Closure | None = None, *, scaler: Any = None) -> Tensor:  # type: ignore[override]
         """Take one step; returns the loss of the first call of ``closure``.
@@ -243,47 +251,80 @@ class KBFGS(CurvatureOptimizer):
                     return loss
                 self._check_loss(loss, self._culprit)
                 active = [b for b in self._seen if self.layers[b].weight.grad is not None]
-                active = self._on_all_ranks(active, refuse=True)
+                active = self._on_all_ranks(active, refuse=f"take step {self.steps + 1}")
                 self._check_moments(active)
+                found = self._first_means(active, scale)
+                begun = self._first_states(active, found)
             except BaseException:
                 buffers.restore()
                 raise
-            self._descend(active, scale)
+            self._descend(active, found, begun)
             self._fallback_step(n for b in self.blocks if b not in active for n in self.blocks[b])
-            if active:
-                self._phase = "second"
-                with (
-                    replaying(self.model, self._wrapper, start, self.device),
-                    tap.watching(probing=True),
-                ):
-                    call_closure(closure, self.method)
-                self._learn(active, scale)
-        self._seen = {}
-        self._fired.update(active)
-        self.steps += 1
+            try:
+                if active:
+                    self._phase = "second"
+                    self._call_again(closure, active, start, tap)
+                    self._learn(active, scale)
+            finally:  # the parameters have moved: the step counts, whatever happens to its pairs
+                self._seen = {}
+                self._fired.update(active)
+                self.steps += 1
         return loss
 
-    @torch.no_grad()
-    def _descend(self, active: list[str], scale: float) -> None:
-        """Steps 1 to 3: momentum, input factors, new weights."""
+    def _call_again(
+        self, closure: Closure, active: list[str], start: RandomState, tap: LayerTap
+    ) -> None:
+        """The second pass; where it fails, the layers' pairs count as skipped."""
+        try:
+            with (
+                replaying(self.model, self._wrapper, start, self.device),
+                tap.watching(probing=True),
+            ):
+                call_closure(closure, self.method)
+        except BaseException:
+            for block in active:
+                kbfgs_block.skip(self.block_state(block))
+            raise
+
+    def _first_means(self, active: list[str], scale: float) -> list[Tensor]:
+        """``E_n[sum_t a a^T]`` and the means of ``a``, ``z``, ``g`` of every block in turn."""
         found: list[Tensor] = []
         for block in active:
             seen = self._seen[block]
             means = seen.first.means(seen.inputs.samples, scale)
             found += [seen.inputs.moment(), seen.inputs.mean(), *means]
-        found = self.average(found)
+        return self.average(found)
+
+    @torch.no_grad()
+    def _first_states(self, active: list[str], found: list[Tensor]) -> dict[str, dict[str, Any]]:
+        """The states of blocks in their first step; all of them, before anything changes."""
+        begun: dict[str, dict[str, Any]] = {}
+        for block, moment in zip(active, found[::4], strict=True):
+            old, layer = self.state.get(self._first(block), {}), self.layers[block]
+            if "M" in old:
+                continue
+            if self.full_batch:
+                A = (1 - self.decay) * moment
+            else:
+                A = old["A"] if "warm" in old else moment.clone()
+            begun[block] = {"A": A}
+            kbfgs_block.begin(begun[block], layer, self.memory, self._eps(layer))
+        return begun
+
+    @torch.no_grad()
+    def _descend(
+        self, active: list[str], found: list[Tensor], begun: dict[str, dict[str, Any]]
+    ) -> None:
+        """Steps 1 to 3: momentum, input factors, new weights."""
         updates: dict[str, Tensor] = {}
         for k, block in enumerate(active):
             moment, a, z, g = found[4 * k : 4 * k + 4]
             state, layer = self.block_state(block), self.layers[block]
-            if "M" in state:
-                state["A"].lerp_(moment, 1 - self.decay)
+            if block in begun:
+                state.pop("warm", None)
+                state.update(begun[block])
             else:
-                if self.full_batch:
-                    state["A"] = (1 - self.decay) * moment
-                elif not state.pop("warm", False):
-                    state["A"] = moment.clone()
-                kbfgs_block.begin(state, layer, self.memory, self._eps(layer))
+                state["A"].lerp_(moment, 1 - self.decay)
             state["refreshed"] = self.steps
             gradient = self._gradient(layer)
             state["M"].lerp_(gradient, 1 - self.group_of(layer.weight)["momentum"])

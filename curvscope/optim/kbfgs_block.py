@@ -104,6 +104,12 @@ def count(state: State, last: dict[str, Tensor]) -> None:
     state["counts"][: len(events)] += torch.stack([event.sum() for event in events])
 
 
+def skip(state: State) -> None:
+    """Count a pair that was never seen, and an input factor that learned nothing."""
+    for name in ("skipped", "skipped_input"):
+        state["counts"][COUNTS.index(name)] += len(state["s"])
+
+
 def output_inverse(state: State) -> Tensor:
     """``H_g`` ``[groups, out, out]``, exactly symmetric."""
     if "H_g" in state:

@@ -53,9 +53,9 @@ def damped_inverses(G: Tensor, A: Tensor, damping: float, how: str) -> tuple[Ten
     return symmetric_inverse(G, root / pi), symmetric_inverse(A, root * pi)
 
 
-def running_average(old: Tensor | None, new: Tensor, decay: float) -> Tensor:
-    """``decay old + (1 - decay) new``, or ``new`` where there is nothing yet."""
-    return new.clone() if old is None else old.lerp_(new, 1 - decay)
+def averaged(old: Tensor | None, new: Tensor, decay: float) -> Tensor:
+    """``decay old + (1 - decay) new``, or a copy of ``new`` where there is nothing yet."""
+    return new.clone() if old is None else old.lerp(new, 1 - decay)
 
 
 class KFAC(CurvatureOptimizer):
@@ -185,7 +185,7 @@ class KFAC(CurvatureOptimizer):
             if overflow:
                 return loss
             self._check_loss(loss, lambda: self._culprit(closure))
-            active = self._on_all_ranks(self._active(closure), refuse=True)
+            active = self._on_all_ranks(self._active(closure), refuse=f"take step {self.steps + 1}")
             self._update_factors(active, scale)
         except BaseException:
             if buffers is not None:
@@ -249,19 +249,28 @@ class KFAC(CurvatureOptimizer):
                     f"A factor of {self.method} is NaN or infinite at step {self.steps + 1}, while "
                     "loss and gradients are not. Lower lr, or compute in higher precision."
                 )
+        due = self.steps < _ALWAYS or self.steps % self.inverse_every == 0
+        new: dict[str, dict[str, Any]] = {}
+        for k, block in enumerate(active):  # nothing changes before all inverses exist
+            old = self.state.get(self._first(block), {})
+            if due or "H_a" not in old:
+                A = averaged(old.get("A"), found[2 * k], self.decay)
+                G = averaged(old.get("G"), found[2 * k + 1], self.decay)
+                new[block] = self._inverted(block, A, G)
         for k, block in enumerate(active):
             state, layer = self.block_state(block), self.layers[block]
-            state["A"] = running_average(state.get("A"), found[2 * k], self.decay)
-            state["G"] = running_average(state.get("G"), found[2 * k + 1], self.decay)
+            if block in new:
+                state.update(new.pop(block))
+            else:
+                state["A"].lerp_(found[2 * k], 1 - self.decay)
+                state["G"].lerp_(found[2 * k + 1], 1 - self.decay)
+                state["age"] += 1
             state.setdefault("M", state["A"].new_zeros(layer.view.shape))
-            state["age"] = state.get("age", 0) + 1
-            due = self.steps < _ALWAYS or self.steps % self.inverse_every == 0
-            if due or "H_a" not in state:
-                self._invert(block, state)
 
-    def _invert(self, block: str, state: dict[str, Any]) -> None:
-        H_g, H_a = damped_inverses(state["G"], state["A"], self._damping(block), self.split)
-        state.update(H_g=H_g, H_a=H_a, age=0)
+    def _inverted(self, block: str, A: Tensor, G: Tensor) -> dict[str, Any]:
+        """The factors with their inverses, as a layer's state keeps them."""
+        H_g, H_a = damped_inverses(G, A, self._damping(block), self.split)
+        return {"A": A, "G": G, "H_g": H_g, "H_a": H_a, "age": 0}
 
     @torch.no_grad()
     def _descend(self, active: Sequence[str]) -> None:
@@ -288,7 +297,8 @@ class KFAC(CurvatureOptimizer):
         ``loss(outputs, targets)`` is the training loss, with targets the second entry of a batch;
         not needed if the optimizer was built with ``loss=``. ``forward(model, batch)`` calls the
         model; by default on the first entry of a batch. Buffers and random states are left as they
-        are. Raises ``OptionError`` after the first step.
+        are. Raises ``OptionError`` after the first step,
+        ``ModelError`` where a layer ran on some ranks only.
         """
         if self.steps:
             raise OptionError(f"{self.method} has no warm start after the first step.")
@@ -304,18 +314,21 @@ class KFAC(CurvatureOptimizer):
             with undisturbed(self.model, self.device), without_weight_gradients(self.model):
                 self._pass(batch, loss, forward)
             blocks = [b for b, moments in statistics.seen.items() if moments.complete]
-            found = self.average(statistics.moments(blocks, 1.0))
+            found = statistics.moments(blocks, 1.0)
             for k, block in enumerate(blocks):
                 pair = found[2 * k : 2 * k + 2]
                 sums[block] = [x + y for x, y in zip(sums[block], pair)] if block in sums else pair
                 batches[block] = batches.get(block, 0) + 1
         statistics.reset()
-        if not sums:
+        blocks = self._on_all_ranks(sums, refuse="make its warm start")
+        if not blocks:
             raise DataError("The loader gave no batch, or none in which a covered layer ran.")
-        for block, (A, G) in sums.items():
+        means = self.average([total / batches[b] for b in blocks for total in sums[b]])
+        for block, A, G in zip(blocks, means[::2], means[1::2], strict=True):
             if not (checks.finite(A) and checks.finite(G)):
                 raise NonFiniteError(f"The factors of layer {block!r} are NaN or infinite.")
-            self.block_state(block).update(A=A / batches[block], G=G / batches[block])
+        for block, A, G in zip(blocks, means[::2], means[1::2], strict=True):
+            self.block_state(block).update(A=A.clone(), G=G.clone())  # not views of one buffer
 
     @contextmanager
     def _alone(self) -> Iterator[LayerTap]:
@@ -353,8 +366,7 @@ class KFAC(CurvatureOptimizer):
             return None
         layer, state = self.layers[block], self.block_state(block)
         if "H_a" not in state:  # warm, but before the first step
-            state = dict(state)
-            self._invert(block, state)
+            state = self._inverted(block, state["A"], state["G"])
         if kind == "raw":  # copies: later steps change the state in place
             G, A = state["G"].clone(), state["A"].clone()
         elif kind == "preconditioner":

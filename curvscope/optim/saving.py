@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .base import CurvatureOptimizer
 
 KEY = "curvscope"
-_TRANSIENT = ("_tap", "_process_group", "step", "layers", "_facts", "_reasons")
+_TRANSIENT = ("_tap", "_process_group", "step", "layers", "_facts", "_reasons", "_positions")
 
 
 def is_transient(attribute: str) -> bool:

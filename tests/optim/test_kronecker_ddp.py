@@ -97,6 +97,11 @@ def uneven_worker(rank: int, folder: str) -> None:
             optimizer = make(wrapped, 0.01, 0.3, **options)
             optimizer.step(closure_of(optimizer, wrapped, *batch(rank)))
             model.on = rank == 0
+            if make is not AdaFisher:  # on the other rank no batch has the layer
+                warm = make(wrapped, 0.01, 0.3, **options)
+                with pytest.raises(ModelError, match="warm start: the layer 'sometimes' ran on"):
+                    warm_start(warm, batch(rank))
+                assert not warm.state
             before = flat(model)
             closure = closure_of(optimizer, wrapped, *batch(2 + rank))
             if make is AdaFisher:  # its diagonals can wait
