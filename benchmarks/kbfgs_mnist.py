@@ -6,6 +6,7 @@ Goldfarb, Ren, Bahamou 2020: 784-1000-500-250-30-250-500-1000-784, ReLU except a
 and the output, batches of 1000, binary cross-entropy summed over pixels; the first epoch in file
 order, then permuted; the reported loss is that of all 60,000 images plus the weight decay's term.
 Every run is kept in ``--work`` when it ends, so that an interrupted benchmark goes on where it was.
+With ``--merge`` only the methods of ``--only`` are run, and put among those of the last results.
 """
 
 from __future__ import annotations
@@ -69,6 +70,16 @@ METHODS = {
             "AdaFisher",
             "lr 3e-5, damping 1e-3, update_every 100 (1e-4 diverges)",
             lambda m: cs.optim.AdaFisher(m, lr=3e-5, damping=1e-3, weight_decay=DECAY),
+        ),
+        Method(
+            "AdaFisherW",
+            "lr 3e-5, damping 1e-3, update_every 100 (6e-5 and 1e-4 diverge, 1e-5 is worse)",
+            lambda m: cs.optim.AdaFisherW(m, lr=3e-5, damping=1e-3, weight_decay=DECAY),
+        ),
+        Method(
+            "M-FAC",
+            "lr 3, damping 1e-3, memory 100 (1 and 5 are worse, 10 goes up)",
+            lambda m: cs.optim.MFAC(m, lr=3.0, damping=1e-3, memory=100, weight_decay=DECAY),
         ),
         Method(
             "AdaHessian",
@@ -232,12 +243,13 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=10, help="epochs of a run (default 10)")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch (default 2)")
     parser.add_argument("--only", nargs="*", default=list(METHODS), help="methods by name")
+    parser.add_argument("--merge", action="store_true", help="keep the other runs of the results")
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     chosen.work.mkdir(parents=True, exist_ok=True)
     split = datasets.mnist_images(chosen.data).train
     images = split.take(slice(0, len(split)))[0].reshape(len(split), -1)
-    runs: dict[str, list[dict[str, Any]]] = {}
+    runs: dict[str, list[dict[str, Any]]] = mnist_report.read() if chosen.merge else {}
     for name in chosen.only:
         method = METHODS[name]
         if name == "K-BFGS":
@@ -253,7 +265,8 @@ def main() -> None:
             ]
         else:
             runs[name] = [kept(chosen.work, method, images, 0, chosen.epochs)]
-    mnist_report.write(runs, common.machine())
+    order = [shown for name in METHODS for shown in (name, f"{name}, 2 epochs")]
+    mnist_report.write({n: runs[n] for n in order if n in runs}, common.machine())
 
 
 if __name__ == "__main__":

@@ -19,6 +19,18 @@ EPOCHS = (1, 2, 3, 5, 10)
 Run = dict[str, Any]
 
 
+def read() -> dict[str, list[Run]]:
+    """The runs of the last results, as :func:`write` takes them; empty where there are none."""
+    path = RESULTS / "kbfgs_mnist.json"
+    runs: dict[str, list[Run]] = {}
+    for run in json.loads(path.read_text())["runs"] if path.exists() else []:
+        short = "max_update_norm" in run["method"] and len(run["losses"]) <= 3
+        runs.setdefault(f"{run['method']}, 2 epochs" if short else run["method"], []).append(run)
+        for seen in run["before"]:  # JSON has no NaN
+            seen.update({k: math.nan for k, value in seen.items() if value is None})
+    return runs
+
+
 def write(runs: dict[str, list[Run]], machine: str) -> None:
     """Write ``results/kbfgs_mnist.md``, ``.json`` and ``.svg``."""
     RESULTS.mkdir(exist_ok=True)
@@ -179,6 +191,7 @@ def _figure(runs: dict[str, list[Run]], path: Path) -> None:
         for first, run in enumerate(_survivors(each)):
             epochs = range(1, len(run["losses"]))
             options = {"color": f"C{k}", "lw": 1.2, "label": None if first else name}
+            options["ls"] = "--" if name == "AdaFisherW" else "-"  # lies upon AdaFisher
             left.plot(epochs, run["losses"][1:], **options)
             right.plot(run["seconds"][1:], run["losses"][1:], **options)
     for name, row in PUBLISHED.items():
