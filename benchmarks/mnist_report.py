@@ -26,8 +26,9 @@ def read() -> dict[str, list[Run]]:
     for run in json.loads(path.read_text())["runs"] if path.exists() else []:
         short = "max_update_norm" in run["method"] and len(run["losses"]) <= 3
         runs.setdefault(f"{run['method']}, 2 epochs" if short else run["method"], []).append(run)
-        for seen in run["before"]:  # JSON has no NaN
-            seen.update({k: math.nan for k, value in seen.items() if value is None})
+        for seen in run["before"]:  # JSON knows no NaN, and no infinity, to which norms overflow
+            lost = {"update_norm": math.inf}
+            seen.update({k: lost.get(k, math.nan) for k, v in seen.items() if v is None})
     return runs
 
 
