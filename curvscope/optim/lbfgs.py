@@ -66,8 +66,8 @@ def remember(memory: Memory, s: Tensor, y: Tensor, norm: Tensor) -> tuple[Memory
         return twin._replace(H=dense(twin).to(s.dtype)), accepted
     assert memory.SY is not None and memory.YY is not None
     aged = (slot + torch.arange(m, device=slot.device)) % m
-    new_y = pair[:, 1, 0].double()
-    columns = (times(pairs[:, k].double(), new_y).gather(1, aged) for k in range(2))
+    products = times(pairs.flatten(1, 2), pair[:, 1, 0]).double().split(m, 1)
+    columns = (column.gather(1, aged) for column in products)
     SY, YY = (
         torch.where(mask, _shifted(gram, column, mirror), gram)
         for gram, column, mirror in zip((memory.SY, memory.YY), columns, (False, True), strict=True)
@@ -118,13 +118,25 @@ def compact_times(
     aged = torch.cat([first + order, first + order + used], 1).flatten()
     products = matmul(both, V)
     products = products.reshape(-1, V.shape[-1])[aged].double()
-    SV, YV = products.reshape(groups, 2 * used, -1).split(used, 1)
+    products = products.reshape(groups, 2 * used, -1)
+    weights = torch.empty_like(products, dtype=V.dtype).reshape(-1, V.shape[-1])
+    weights[aged] = _weights(R, W, products).to(V.dtype).reshape(weights.shape)
+    return torch.baddbmm(V, both.mT, weights.reshape(groups, 2 * used, -1))
+
+
+def _weights(R: Tensor, W: Tensor, products: Tensor) -> Tensor:
+    """``(p, -q)`` with ``q = R^-1 S^T V`` and ``p = R^-T (W q - Y^T V)`` from both products."""
+    used = R.shape[-1]
+    if products.shape[-1] > 2 * used:  # then the matrix between them is cheaper than solving
+        inverse = torch.linalg.solve_triangular(R, identity(R[..., 0]), upper=True)
+        first = torch.cat([matmul(inverse.mT, matmul(W, inverse)), -inverse.mT], 2)
+        second = torch.cat([-inverse, torch.zeros_like(inverse)], 2)
+        return matmul(torch.cat([first, second], 1), products)
+    SV, YV = products.split(used, 1)
     # solved from the right of the transposes, which the rows of SV and YV are without a copy
     q = torch.linalg.solve_triangular(R.mT, SV.mT, upper=False, left=False).mT
     p = torch.linalg.solve_triangular(R, (matmul(W, q) - YV).mT, upper=True, left=False).mT
-    weights = torch.empty_like(products, dtype=V.dtype)
-    weights[aged] = torch.cat([p, -q], 1).to(V.dtype).reshape(weights.shape)
-    return torch.baddbmm(V, both.mT, weights.reshape(groups, 2 * used, -1))
+    return torch.cat([p, -q], 1)
 
 
 def dense(memory: Memory) -> Tensor:
