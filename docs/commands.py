@@ -48,8 +48,7 @@ def _section(info: Any) -> str:
     rows += [f"| {_names(*one)} | {_cell(one[2].help)} | {_default(one[0])} |" for one in options]
     if rows:
         parts.append("\n".join(["| | | default |", "|---|---|---|", *rows]))
-    epilog = re.sub(r"^Examples?: ", "", info.epilog or "").split(" · ")
-    if lines := [line.removeprefix("then: ") for line in epilog if line]:
+    if lines := (info.epilog or "").split("\n\n")[1:]:  # the first says that these are examples
         parts.append("```sh\n" + "\n".join(lines) + "\n```")
     return "\n\n".join(parts)
 

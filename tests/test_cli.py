@@ -191,6 +191,10 @@ def test_version_help_and_list() -> None:
         result = run(*arguments)
         assert result.exit_code == 0 and "Usage" in result.output
         assert "xample" in result.output
+    shown = [line.strip() for line in run("train", "-h").output.splitlines()]
+    assert "curvscope report runs/digits" in shown  # an example is a line, to copy
+    text = " ".join(shown)
+    assert "finished ones are left alone. curvscope report FOLDER makes a page of them." in text
     listed = run("problems")
     assert listed.exit_code == 0
     assert [line.split()[0] for line in listed.output.splitlines()] == zoo.names()

@@ -10,6 +10,7 @@ from .options import (
     DebugOption,
     JsonOption,
     OpenOption,
+    helped,
     print_json,
     reported,
     show_page,
@@ -19,8 +20,12 @@ from .options import (
 def add(app: typer.Typer) -> None:
     """Register the command with ``app``."""
     app.command(
-        epilog="Examples: curvscope diff reports/before reports/after --out difference.html · "
-        "curvscope diff runs/a/report runs/b/report · curvscope diff a b --tolerance 0.05 --json",
+        **helped(
+            diff,
+            "curvscope diff reports/before reports/after --out difference.html",
+            "curvscope diff runs/a/report runs/b/report",
+            "curvscope diff a b --tolerance 0.05 --json",
+        ),
         short_help="Put two reports side by side, number by number.",
     )(diff)
 

@@ -2,13 +2,13 @@
 
 import typer
 
-from .options import EXIT_FAILED, DebugOption, JsonOption, print_json, reported
+from .options import EXIT_FAILED, DebugOption, JsonOption, helped, print_json, reported
 
 
 def add(app: typer.Typer) -> None:
     """Register the command with ``app``."""
     app.command(
-        epilog="Examples: curvscope doctor · curvscope doctor --json > machine.json",
+        **helped(doctor, "curvscope doctor", "curvscope doctor --json > machine.json"),
         short_help="Look at versions, devices, memory and optional packages.",
     )(doctor)
 

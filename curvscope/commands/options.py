@@ -3,10 +3,11 @@
 # No postponed annotations in this folder: typer reads those of the commands.
 
 import contextlib
+import inspect
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,15 @@ import typer
 EXIT_FAILED = 1
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
+
+
+def helped(function: Callable[..., None], *examples: str) -> dict[str, Any]:
+    """The help of a command: its docstring as flowing text, and examples a line each."""
+    paragraphs = inspect.cleandoc(function.__doc__ or "").split("\n\n")
+    return {
+        "help": "\n\n".join(" ".join(text.split()) for text in paragraphs),
+        "epilog": "\n\n".join([f"Example{'s' if len(examples) > 1 else ''}:", *examples]),
+    }
 
 
 def _names(incomplete: str) -> list[str]:

@@ -18,6 +18,7 @@ from .options import (
     SamplesOption,
     SeedOption,
     ThreadsOption,
+    helped,
     load,
     print_json,
     reported,
@@ -28,9 +29,13 @@ from .options import (
 def add(app: typer.Typer) -> None:
     """Register the command with ``app``."""
     app.command(
-        epilog="Examples: curvscope report digits-cnn --out reports/digits-cnn --open · curvscope "
-        "report mynet:make -o reports/mynet --quick · curvscope report --config "
-        "reports/mynet/report.toml --hessian · curvscope report runs/digits",
+        **helped(
+            report,
+            "curvscope report digits-cnn --out reports/digits-cnn --open",
+            "curvscope report mynet:make -o reports/mynet --quick",
+            "curvscope report --config reports/mynet/report.toml --hessian",
+            "curvscope report runs/digits",
+        ),
         short_help="Write a page about a problem: exact curvature, approximations, errors.",
     )(report)
 

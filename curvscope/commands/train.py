@@ -19,6 +19,7 @@ from .options import (
     JsonOption,
     ProblemArgument,
     ThreadsOption,
+    helped,
     print_json,
     reported,
     say,
@@ -30,11 +31,16 @@ _GO_ON = "has everything up to the last epoch. Give the same command again."
 def add(app: typer.Typer) -> None:
     """Register the command with ``app``."""
     app.command(
-        epilog="Examples: curvscope train digits-mlp --optimizer kbfgs --optimizer adam --epochs 5 "
-        "--out runs/digits · curvscope train digits-cnn --optimizer kfac --optimizer adafisher "
-        "--lr 0.01 --lr 0.03 --lr 0.1 --seeds 3 --epochs 10 --out runs/cnn · curvscope train "
-        "digits-cnn --optimizer pytorch_optimizer:AdaBelief:lr=0.01 --epochs 5 --out runs/belief · "
-        "then: curvscope report runs/digits",
+        **helped(
+            train,
+            "curvscope train digits-mlp --optimizer kbfgs --optimizer adam --epochs 5 "
+            "--out runs/digits",
+            "curvscope report runs/digits",
+            "curvscope train digits-cnn --optimizer kfac --optimizer adafisher --lr 0.01 --lr 0.03 "
+            "--lr 0.1 --seeds 3 --epochs 10 --out runs/cnn",
+            "curvscope train digits-cnn --optimizer pytorch_optimizer:AdaBelief:lr=0.01 "
+            "--epochs 5 --out runs/belief",
+        ),
         short_help="Train a problem with several optimizers, watched, and keep everything.",
     )(train)
 

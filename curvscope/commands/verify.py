@@ -13,6 +13,7 @@ from .options import (
     SamplesOption,
     SeedOption,
     ThreadsOption,
+    helped,
     load,
     print_json,
     reported,
@@ -22,12 +23,15 @@ from .options import (
 def add(app: typer.Typer) -> None:
     """Register both commands with ``app``."""
     app.command(
-        epilog="Examples: curvscope verify digits-transformer · curvscope verify mynet:make "
-        "--samples 64 --json > verdict.json",
+        **helped(
+            verify,
+            "curvscope verify digits-transformer",
+            "curvscope verify mynet:make --samples 64 --json > verdict.json",
+        ),
         short_help="Check a problem: what may be trusted on it.",
     )(verify)
     app.command(
-        epilog="Example: curvscope problems --json",
+        **helped(problems, "curvscope problems --json"),
         short_help="List the ready problems of the zoo.",
     )(problems)
 

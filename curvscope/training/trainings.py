@@ -58,7 +58,8 @@ class Trainings:
         return tuple(run for run in self.runs if run.state == "failed")
 
     def __str__(self) -> str:
-        lines = [f"{len(self.runs)} trainings in {self.folder}"]
+        count = len(self.runs)
+        lines = [f"{count} training{'' if count == 1 else 's'} in {self.folder}"]
         for run in self.runs:
             rate = "" if run.lr is None else f", lr {run.lr:g}"
             end = f"loss {run.train_loss:.4g}" if run.state == "finished" else run.reason
