@@ -101,6 +101,7 @@ def plot_distances(
 ) -> Axes:
     """Distance between every two runs at equal steps; for one run, that from its start."""
     ax = axes_for(ax)
+    shift = 0 if trajectories.pairs else 1  # a run has the colour of its path
     if trajectories.pairs:
         named = {
             f"{short(p.first, 16)} to {short(p.second, 16)}": (p.steps, p.distances)
@@ -116,7 +117,7 @@ def plot_distances(
         ax.plot(
             steps,
             values.numpy(),
-            color=PALETTE[k % len(PALETTE)],
+            color=PALETTE[(k + shift) % len(PALETTE)],
             ls=DASHES[k % len(DASHES)],
             marker=".",
             label=name,

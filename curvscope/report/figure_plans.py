@@ -295,7 +295,8 @@ def _discs(found: Findings, block: str) -> Plan:
         f"Gershgorin discs of {block}; discs that touch no other: {alone}.",
         "Every eigenvalue lies in a disc around a diagonal entry, as wide as its row's other "
         "entries. Small discs that touch no other mean that the diagonal alone tells the "
-        "eigenvalues.",
+        "eigenvalues. Circles on the axis: the eigenvalues after normal noise was added to the "
+        "entries off the diagonal.",
         (4.4 * max(len(parts), 1), 3.6),
         draw,
         reason="" if parts else f"The discs of {block} were not computed.",

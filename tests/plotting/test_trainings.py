@@ -102,6 +102,8 @@ def test_distances_of_one_run_and_of_none_in_common() -> None:
     ax = tr.trajectories(path).plot(kind="distances")
     (line,) = ax.get_lines()
     assert ax.get_ylabel() == "distance from the start"
+    colours = {a.get_color() for a in tr.trajectories(path).plot(kind="paths").get_lines()}
+    assert line.get_color() in colours  # a run has one colour
     expected = [float((v - path[0][1]).norm()) for _, v in path]
     assert line.get_ydata() == pytest.approx(expected)
     apart = {"a": path, "b": [(step + 1, v) for step, v in path]}

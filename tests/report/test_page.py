@@ -234,6 +234,23 @@ def test_no_width_scrolls_sideways(tab: Tab, width: int, html: Path) -> None:
     assert closed == (width < 1024)
 
 
+def test_captions_are_not_cut_off_on_a_phone(tab: Tab, html: Path) -> None:
+    tab.size(390, 800, phone=True)
+    tab.open(html)
+    inside = "[...document.querySelectorAll('caption')].map(c => c.getBoundingClientRect())"
+    ends = tab.evaluate(f"{inside}.filter(box => box.width > 0).map(box => box.right)")
+    assert ends and max(ends) <= 390
+    # the first column stays when a wide table is scrolled, its title too
+    moved = tab.evaluate(
+        "(() => { const box = [...document.querySelectorAll('.scroll')]"
+        ".find(e => e.scrollWidth > e.clientWidth + 50); box.scrollLeft = 50;"
+        "const at = s => box.querySelector(s).getBoundingClientRect().left"
+        "- box.getBoundingClientRect().left;"
+        "return [at('caption'), at('thead th'), at('tbody th')]; })()"
+    )
+    assert moved == pytest.approx([0, 0, 0], abs=1)
+
+
 def test_without_scripts_everything_is_there(chromium: Browser, html: Path) -> None:
     plain = chromium.tab(scripts=False)
     plain.size(1300, 900)

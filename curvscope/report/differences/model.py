@@ -216,7 +216,7 @@ class Difference:
         return [
             "Largest relative changes: "
             + "; ".join(
-                f"{n.metric.replace('_', ' ')} of {n.where or 'the problem'}, {shown(n.a)} to "
+                f"{n.metric.replace('_', ' ')} of {n.where or 'the problem'}, from {shown(n.a)} to "
                 f"{shown(n.b)}"
                 for n in moved
             )
@@ -241,7 +241,8 @@ class Difference:
             verb = "differs" if table == "summary" else "differ"
             count = f"{len(names)} sentence{'s' if len(names) > 1 else ''}"
             return f"The {table} {verb} in {count}."
-        return f"{table[0].upper()}{table[1:]} that differ: {_listed(list(dict.fromkeys(names)))}."
+        title = "versions, machines and commands" if table == "versions and machines" else table
+        return f"{title[0].upper()}{title[1:]} that differ: {_listed(list(dict.fromkeys(names)))}."
 
 
 def state_of(a: Value | None, b: Value | None, tolerance: float) -> str:
