@@ -36,7 +36,9 @@ class MatrixView:
             )
         perm = perm.to(torch.long)
         identity = torch.arange(self.numel, device=perm.device)
-        if not torch.equal(perm.sort().values, identity):
+        inside = int(perm.min()) >= 0 and int(perm.max()) < self.numel
+        seen = torch.zeros(self.numel, dtype=torch.bool, device=perm.device)
+        if not inside or not bool(seen.index_fill_(0, perm, True).all()):
             raise OptionError(f"perm is not a permutation of 0 ... {self.numel - 1}.")
         object.__setattr__(self, "perm", None if torch.equal(perm, identity) else perm)
 

@@ -43,6 +43,10 @@ class Inspection:
         number: what ``cs.compare`` adds to the exact matrix."""
         return None
 
+    def curvature_work(self, block: str) -> float:
+        """About how many operations a block of :meth:`curvature` takes, beside reading it."""
+        return 0.0
+
     def _factors(self, block: str) -> dict[str, Tensor]:
         """The named factors of a block; only called where :meth:`_operator` gives one."""
         return {}
@@ -53,7 +57,9 @@ class Inspection:
 
     # -- for everybody ---------------------------------------------------------------------------
 
-    def curvature(self, *, damped: bool = True) -> BlockDiagonalOperator:
+    def curvature(
+        self, *, damped: bool = True, blocks: Sequence[str] | None = None
+    ) -> BlockDiagonalOperator:
         """The matrix that the method believes in, in the blocks of ``cs.Problem``.
 
         ``damped=True``: exactly the inverse of :meth:`preconditioner`; ``damped=False``: from the
@@ -61,19 +67,32 @@ class Inspection:
         ``uncovered``, with reasons in ``info.settings["uncovered"]``; before the first step these
         are all. ``info.settings`` also holds the ``"damping"`` (a mapping from blocks where they
         differ) and whether the matrix is ``"damped"``, for ``cs.compare``.
+
+        ``blocks`` are the names of those wanted, by default all; the others are in ``uncovered``.
+        Where a method keeps inverses only, making a block takes O(n^3) for its factors' sizes n.
+        Raises ``UnknownBlockError`` for a name that is no block's.
         """
-        return self._assemble("damped" if damped else "raw")
+        for name in blocks or ():
+            if name not in self.blocks:
+                raise UnknownBlockError(
+                    f"There is no block {name!r}.{nearest(name, list(self.blocks))} Blocks are "
+                    f"{list(self.blocks)}."
+                )
+        return self._assemble("damped" if damped else "raw", blocks)
 
     def preconditioner(self) -> BlockDiagonalOperator:
         """The matrix by which the (averaged) gradient is multiplied, as applied."""
         return self._assemble("preconditioner")
 
-    def _assemble(self, kind: str) -> BlockDiagonalOperator:
+    def _assemble(self, kind: str, wanted: Sequence[str] | None = None) -> BlockDiagonalOperator:
         title = {"preconditioner": "preconditioner", "damped": "curvature", "raw": "raw curvature"}
         info = Provenance(what=f"{self.method} {title[kind]}", route="optimizer", exact=False)
         blocks: dict[str, Operator] = {}
         missing: dict[str, str] = {}
         for name, members in self.blocks.items():
+            if wanted is not None and name not in wanted:
+                missing[name] = "not asked for"
+                continue
             op = self._operator(name, kind)
             if op is None:
                 missing[name] = self._why_not(name)

@@ -127,7 +127,7 @@ class _Compared(Measure):
         if self.estimated(moment):
             members = [name for block in moment.blocks for name in moment.problem.blocks[block]]
             share = moment.problem.layout.restrict(members).numel / moment.problem.layout.numel
-            return 2.0 + PRODUCTS * (0.25 * len(moment.blocks) + 1.5 * share)
+            return 8.0 + PRODUCTS * (0.75 * len(moment.blocks) + 1.5 * share)
         return 4.0 + 0.5 * passes(moment)
 
 
@@ -164,10 +164,16 @@ class Error(_Compared):
 
     def approximations(self, moment: Moment) -> dict[str, Operator]:
         """The optimizer's matrix."""
-        op = moment.curvature
-        if not self.damped and op is not None and hasattr(moment.optimizer, "curvature"):
-            op = moment.optimizer.curvature(damped=False)
+        op = moment.believed(damped=self.damped)
         return {} if op is None else {moment.method: op}
+
+    def price(self, moment: Moment) -> float:
+        """And what the optimizer needs to say what it believes."""
+        work = getattr(moment.optimizer, "curvature_work", None)
+        known = getattr(moment.optimizer, "blocks", {})
+        own = sum(work(block) for block in moment.blocks if block in known) if work else 0.0
+        gradient = 6.0 * moment.problem.layout.numel * moment.problem.n_samples
+        return super().price(moment) + own / gradient
 
 
 @register

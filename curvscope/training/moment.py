@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
+from inspect import signature
 from typing import Any
 
 import torch
@@ -131,6 +132,21 @@ class Moment:
     def curvature(self) -> Operator | None:
         """``optimizer.curvature()``, or what an adapter reads from its state, or ``None``."""
         return curvature_of(self.optimizer, self.problem)
+
+    def believed(self, *, damped: bool = True) -> Operator | None:
+        """:attr:`curvature` of these blocks alone, where the optimizer can make them alone.
+
+        ``damped=False``: from the raw factors of optimizers that have them.
+        """
+        own = getattr(self.optimizer, "curvature", None)
+        if not callable(own):
+            return self.curvature
+        known = getattr(self.optimizer, "blocks", {})
+        alone = self.only is not None and all(name in known for name in self.only)
+        if alone and self.optimizer.steps and "blocks" in signature(own).parameters:
+            op: Operator = own(damped=damped, blocks=self.only)
+            return op
+        return self.curvature if damped or self.curvature is None else own(damped=False)
 
     @cached_property
     def preconditioner(self) -> Operator | None:

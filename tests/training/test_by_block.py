@@ -12,6 +12,8 @@ from torch import nn
 
 import curvscope as cs
 from curvscope.training import Every
+from curvscope.training.curvature_measures import Error
+from curvscope.training.moment import Moment
 from curvscope.training.probe import make_probe
 from tests.training.loops import OPTIMIZERS, Clock, batches, data, one_step, plain_net, problem_of
 
@@ -264,3 +266,37 @@ def test_losses_wait_half_a_second_but_not_those_that_are_not_finite(tmp_path: P
     steps = [r["step"] for r in cs.Run(tmp_path / "r").rows("loss")]
     assert steps == sorted(steps)
     monitor.close()
+
+
+def test_blocks_that_the_optimizer_makes_alone_are_those_of_the_whole() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+    model = model.double()
+    data = torch.randn(12, 4, dtype=torch.float64), torch.randint(3, (12,))
+    problem = cs.Problem(model, torch.nn.CrossEntropyLoss(), data)
+    optimizer = cs.optim.KBFGS(model, lr=0.01, damping=0.3)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model(data[0]), data[1])
+        loss.backward()
+        return loss
+
+    moment = Moment(0, 1.0, problem, optimizer)
+    moment.only = ["2"]
+    assert moment.believed() is None  # before the first step
+    optimizer.step(closure)
+    for damped in (True, False):
+        whole = optimizer.curvature(damped=damped)
+        alone = Moment(1, 1.0, problem, optimizer)
+        alone.only = ["2"]
+        found = alone.believed(damped=damped)
+        assert found is not None and list(found.blocks) == ["2"]
+        assert torch.equal(found.blocks["2"].dense(), whole.blocks["2"].dense())
+        assert found.info.settings["damping"] == whole.info.settings["damping"]
+    with pytest.raises(cs.errors.UnknownBlockError, match="no block 'x'"):
+        optimizer.curvature(blocks=["x"])
+    # each factor of 5 (4 + bias) and 5 rows is inverted for it
+    assert optimizer.curvature_work("0") == 4 * (5**3 + 5**3)
+    one, two = Moment(1, 1.0, problem, optimizer), Moment(1, 1.0, problem, optimizer)
+    two.only = ["2"]
+    assert Error().price(two) < Error().price(one)
