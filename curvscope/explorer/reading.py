@@ -100,7 +100,11 @@ def read(source: Any) -> Data:
         path = Path(source).expanduser()
         if (path / "run.json").is_file():
             return _of_run(Run(path))
-        inner = sorted(p.parent for p in path.glob("*/run.json")) if path.is_dir() else []
+        # several trainings lie at OPTIMIZER/lr=RATE/seed=SEED
+        found = (
+            p.parent for depth in ("*", "*/*", "*/*/*") for p in path.glob(f"{depth}/run.json")
+        )
+        inner = sorted(found) if path.is_dir() else []
         if inner and not (path / "report.json").is_file():
             few = ", ".join(str(p) for p in inner[:4]) + (", ..." if len(inner) > 4 else "")
             raise RunError(f"{path} is a folder of runs; explore one of them: {few}.")

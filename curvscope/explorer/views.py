@@ -73,7 +73,7 @@ def _over_blocks(data: Data, choice: dict[str, Any]) -> str:
         least = [(p, r["best_in_class"]) for p, r in enumerate(rows) if _known_best(r)]
         for height, value in least:
             ax.plot([value, value], [height - 0.4, height + 0.4], color=INK, linewidth=1.6)
-    ax.set_yticks(places, [short(r["block"]) for r in rows])
+    ax.set_yticks(places, [short(place(r["block"]).removeprefix("the ")) for r in rows])
     ax.invert_yaxis()
     ax.set_xlabel(f"{metric.replace('_', ' ')} of {short(name)}")
     about = ", upright lines the best of its class" if metric == "error" else ""

@@ -222,6 +222,12 @@ def test_what_cannot_be_explored_is_refused(tmp_path: Path) -> None:
     (tmp_path / "kfac" / "run.json").write_text("{}")
     with pytest.raises(cs.errors.RunError, match=r"a folder of runs; .*kfac"):
         cs.explore(tmp_path)
+    (tmp_path / "kfac" / "run.json").unlink()
+    deep = tmp_path / "kfac" / "lr=0.1" / "seed=0"  # as several trainings leave them
+    deep.mkdir(parents=True)
+    (deep / "run.json").write_text("{}")
+    with pytest.raises(cs.errors.RunError, match=r"a folder of runs; .*lr=0\.1/seed=0"):
+        cs.explore(tmp_path)
     with pytest.raises(cs.errors.OptionError, match=r"not Spectrum. Results have \.plot"):
         cs.explore(cs.spectrum(torch.eye(2)))
     with pytest.raises(cs.errors.ReportError, match="explore one of their runs"):
