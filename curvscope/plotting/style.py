@@ -51,6 +51,7 @@ RC: Mapping[str, Any] = {
     "axes.grid": False,
     "axes.axisbelow": True,
     "axes.unicode_minus": True,
+    "axes.prop_cycle": f"cycler(color={list(PALETTE)})",
     "text.color": INK,
     "text.usetex": False,
     "xtick.color": INK,

@@ -24,7 +24,7 @@ from curvscope import plot as cplot
 from curvscope.analysis import concentration
 from curvscope.analysis.result import Result
 from curvscope.errors import NotDefinedError, OptionError
-from curvscope.plotting.style import power_of_ten, short
+from curvscope.plotting.style import PALETTE, power_of_ten, short
 from curvscope.report.svg import for_page
 
 from .pictures import coverage, kronecker, pictures, symmetric
@@ -184,3 +184,11 @@ def test_svg_for_the_page_follows_its_colours_and_keeps_its_numbers_apart() -> N
     assert "M1.23 2" in found and "scale(0.01234)" in found and ">0.01234<" in found
     assert "currentColor" in found and "metadata" not in found and "<!--" not in found
     assert 'aria-label="a &quot;b&quot; &lt;c&gt;"' in found and found.startswith("<svg")
+
+
+def test_lines_of_ones_own_have_the_colours_of_the_package() -> None:
+    with cplot.style():
+        axes = plt.figure().add_subplot()
+        lines = [axes.plot([0, 1])[0] for _ in range(2)]
+    assert [line.get_color() for line in lines] == list(PALETTE[:2])
+    plt.close("all")
