@@ -272,6 +272,14 @@ def test_paper(tab: Tab) -> None:
     tab.size(690, 1000)
     assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert tab.evaluate("document.documentElement.scrollWidth") <= 690
+    broken = tab.evaluate(
+        "[...document.querySelectorAll('td.num')].map(cell => cell.firstChild).filter(text => {"
+        "if (!text || text.nodeType !== 3 || /\\s/.test(text.data.trim())) return false;"
+        "const range = document.createRange(); range.selectNodeContents(text);"
+        "return new Set([...range.getClientRects()].map(box => Math.round(box.top))).size > 1;"
+        "}).map(text => text.data)"
+    )
+    assert broken == []  # a number stands in one line
     gone = "['.side', '.bar', '.tools', '.figure-tools'].every(s => document.querySelector(s)"
     assert tab.evaluate(f"{gone}.offsetParent === null)")
     pdf = tab.pdf()
