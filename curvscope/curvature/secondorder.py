@@ -86,16 +86,34 @@ def _convolution(
     groups: int = 1,
 ) -> Tensor | None:
     """The output, or ``None`` where the call is left to torch."""
-    if not all(isinstance(o, int | tuple | list) for o in (stride, padding, dilation)):
-        return None
     if not _plain(input, weight, bias) or input.ndim != dimensions + 2 or not weight.requires_grad:
         return None
+    return convolution(input, weight, bias, stride, padding, dilation, groups)
+
+
+def convolution(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor | None:
+    """``torch.conv1d``, 2d or 3d of a batch, or ``None`` where the sides are padded unequally."""
+    dimensions = weight.ndim - 2
 
     def each(value: Any) -> list[int]:
-        values = [value] if isinstance(value, int) else list(value)
+        values = [int(value)] if isinstance(value, int) else [int(v) for v in value]
         return values * dimensions if len(values) == 1 else values
 
-    options = (each(stride), each(padding), each(dilation), False, [0] * dimensions, groups)
+    if padding == "same":
+        total = [d * (k - 1) for d, k in zip(each(dilation), weight.shape[2:], strict=True)]
+        if any(t % 2 for t in total):
+            return None
+        padding = [t // 2 for t in total]
+    padding = each(0 if padding == "valid" else padding)
+    options = (each(stride), padding, each(dilation), False, [0] * dimensions, int(groups))
     return _Convolution.apply(input, weight, bias, options)  # type: ignore[no-any-return]
 
 

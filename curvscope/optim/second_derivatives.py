@@ -18,6 +18,8 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
+from ..curvature.secondorder import convolution
+
 
 class FastSecondDerivatives(TorchFunctionMode):
     """While active, convolutions, train-mode BatchNorm and ReLU are differentiated as below."""
@@ -97,88 +99,12 @@ class _ReLUBackward(torch.autograd.Function):
 # -- convolution ----------------------------------------------------------------------------------
 
 
-def _convolution(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> Tensor | None:
+def _convolution(input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
     """The convolution, or ``None`` where this is a case for torch's own."""
-    dims = weight.ndim - 2
+    bias = kwargs.get("bias", args[0] if args else None)
     if input.ndim != weight.ndim or not _alike(input, weight, bias):
         return None
-    stride, dilation = _tuple(stride, dims), _tuple(dilation, dims)
-    if padding == "same":
-        total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:])]
-        if any(t % 2 for t in total):
-            return None
-        padding = [t // 2 for t in total]
-    padding = _tuple(0 if padding == "valid" else padding, dims)
-    options = (stride, padding, dilation, False, [0] * dims, int(groups))
-    result: Tensor = _Convolution.apply(input, weight, bias, options)
-    return result
-
-
-class _Convolution(torch.autograd.Function):
-    """``z = W * x + b``."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, options: Any) -> Tensor:
-        ctx.save_for_backward(x, w)
-        ctx.options, ctx.bias = options, b is not None
-        return torch.convolution(x, w, b, *options)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
-        x, w = ctx.saved_tensors
-        wanted = [*ctx.needs_input_grad[:2], ctx.bias and ctx.needs_input_grad[2]]
-        return *_ConvolutionBackward.apply(g, x, w, ctx.options, wanted), None
-
-
-class _ConvolutionBackward(torch.autograd.Function):
-    """``g_x = W^T * g``, ``g_w = x * g``, ``g_b = sum g``.
-
-    The derivatives of ``<u, g_x> + <p, g_w> + <q, g_b>`` are ``W * u + p * x + q`` in g,
-    ``p^T * g`` in x and ``u * g`` in W: a convolution and its two gradients with other operands.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, g: Tensor, x: Tensor, w: Tensor, options: Any, wanted: Any) -> Any:
-        ctx.save_for_backward(g, x, w)
-        ctx.options = options
-        ctx.set_materialize_grads(False)
-        return _gradients(g, x, w, options, wanted)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, u: Tensor | None, p: Tensor | None, q: Tensor | None) -> Any:  # type: ignore[override]
-        g, x, w = ctx.saved_tensors
-        in_g = in_x = in_w = None
-        if p is not None:
-            in_g = torch.convolution(x, p, q, *ctx.options)
-            if ctx.needs_input_grad[1]:
-                in_x = _gradients(g, x, p, ctx.options, [True, False, False])[0]
-        if u is not None:
-            of_u = torch.convolution(u, w, q if in_g is None else None, *ctx.options)
-            in_g = of_u if in_g is None else in_g.add_(of_u)
-            if ctx.needs_input_grad[2]:
-                in_w = _gradients(g, u, w, ctx.options, [False, True, False])[1]
-        if in_g is None and q is not None:
-            in_g = q.reshape(1, -1, *[1] * (g.ndim - 2)).expand_as(g)
-        return in_g, in_x, in_w, None, None
-
-
-def _gradients(g: Tensor, x: Tensor, w: Tensor, options: Any, wanted: Any) -> Any:
-    bias_size = [w.shape[0]] if wanted[2] else None
-    return torch.ops.aten.convolution_backward(g, x, w, bias_size, *options, wanted)
-
-
-def _tuple(value: Any, dims: int) -> list[int]:
-    values = [int(value)] if isinstance(value, int) else [int(v) for v in value]
-    return values * dims if len(values) == 1 else values
+    return convolution(input, weight, *args, **kwargs)
 
 
 # -- batch normalisation --------------------------------------------------------------------------
