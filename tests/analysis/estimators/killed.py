@@ -5,6 +5,7 @@ python -m tests.analysis.estimators.killed JOB FILE SECONDS_PER_PRODUCT
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -37,6 +38,8 @@ def run(job: str, path: str, pause: float = 0.0) -> Any:
 
 
 if __name__ == "__main__":
+    # a shell that runs tests in its background has them ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     files._SECONDS = 0.0  # a state after every block, instead of every twenty seconds
     torch.set_num_threads(1)
     print("started", flush=True)
