@@ -16,6 +16,7 @@ _LEAST = 8
 _SHARE = 0.15  # of the products so far, which the check may take
 _MOST = 40
 _PATIENCE = 4  # products after which it gives up what would take too many
+_GLANCE = 2  # products for a look that is expected not to decide
 
 
 @dataclass
@@ -42,6 +43,10 @@ def look_beside(
     that has a missing copy at all), or where a complement of few dimensions has been spanned.
 
     ``blind`` says that the start may have been without whole eigenspaces, which then count too.
+
+    What the iteration has seen of the unwanted eigenvalues predicts how many products a decision
+    takes. Where that is more than the look may take, and no copies have turned up so far, not even
+    by rounding, two are all that it does take: they show copies that stand out far.
     """
     known = krylov.basis[: krylov.count]
     left = krylov.meter.size - krylov.count
@@ -53,6 +58,9 @@ def look_beside(
     growth = [_Growth(edge) for edge in edges]
     goal = math.log(DOUBT**2 * math.pi / (2 * left * len(edges) ** 2))
     most = min(most, left, max(_LEAST, min(_MOST, int(_SHARE * krylov.meter.used))))
+    likely = blind or krylov.merged or _equal(pairs, krylov.eps)
+    if left > _LEAST and not likely and _foreseen(krylov, below, above, edges, goal, most) > most:
+        most = min(most, _GLANCE)
     rows: list[Tensor] = []
     images: list[Tensor] = []
     alphas: list[float] = []
@@ -90,6 +98,36 @@ def look_beside(
             return Beside(missing, basis, torch.stack(images), following)
         betas.append(length)
         row = following[0]
+
+
+def _foreseen(
+    krylov: Krylov, below: float, above: float, edges: list[float], goal: float, most: int
+) -> int:
+    """Products until the look decides, if its start sees the bulk as the first start saw it.
+
+    Both are random, so their spectral measures are alike but for the wanted eigenvalues. Lanczos on
+    what the basis knows of that measure gives the polynomials; ``most + 1`` stands for more.
+    """
+    values, vectors = torch.linalg.eigh(krylov.projected[: krylov.count, : krylov.count])
+    seen = (vectors.mT @ krylov.start())[(values >= below) & (values <= above)]
+    values = values[(values >= below) & (values <= above)]
+    if not len(values) or not float(seen.norm()) > 0:
+        return 0
+    rows = [seen / seen.norm()]
+    growth = [_Growth(edge) for edge in edges]
+    for count in range(1, most + 1):
+        rest = values * rows[-1]
+        alpha = float(rows[-1] @ rest)
+        basis = torch.stack(rows)
+        for _ in range(2):
+            rest = rest - basis.mT @ (basis @ rest)
+        length = float(rest.norm())
+        if length <= 1e-12 * krylov.largest:
+            return count
+        if max(g.step(alpha, length) for g in growth) <= goal:
+            return count
+        rows.append(rest / length)
+    return most + 1
 
 
 class _Growth:
@@ -158,6 +196,16 @@ def _edges(pairs: Ritz, below: float, above: float, blind: bool) -> list[float]:
     low, high = low[pairs.values < below], high[pairs.values > above]
     edges = [min(below, float(low.max()))] if len(low) else []
     return edges + ([max(above, float(high.min()))] if len(high) else [])
+
+
+def _equal(pairs: Ritz, eps: float) -> bool:
+    """Whether two of the values may be the same as far as residuals and rounding tell."""
+    order = pairs.values.argsort()
+    values, residuals = (
+        pairs.values[order],
+        pairs.residuals[order].clamp_min(50 * eps * pairs.scale),
+    )
+    return bool((values.diff() <= residuals[1:] + residuals[:-1]).any())
 
 
 def _limits(pairs: Ritz, which: str) -> tuple[float, float]:

@@ -20,7 +20,7 @@ from ...operators import Operator
 from .common import Meter, normals, title
 
 _SECONDS = 20.0  # between two writings
-_FORMAT = 1
+_FORMAT = 2
 
 
 class Keeper:

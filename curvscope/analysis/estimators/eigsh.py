@@ -79,17 +79,16 @@ def eigsh(
     pairs found until then are kept and marked.
 
     ``method``: ``"lanczos"`` is a block Lanczos iteration with full reorthogonalisation, thick
-    restarts; ``"scipy"``
-    and ``"lobpcg"`` are SciPy's; ``"exact"`` decomposes the matrix; ``"auto"`` decomposes stored
-    matrices of up to 2,000 rows, takes the Gram matrix of ``V`` for ``V V^T`` of low rank, and
-    ``"lanczos"`` otherwise. ``block`` vectors are multiplied at once: more cost more products, but
-    those of a network share its passes. ``v0`` ``[P]`` or ``[P, block]`` is the start (default:
-    Gaussian from ``seed``). ``copies=True`` adds a last look beside the subspace, of about three
-    products, for copies of multiple eigenvalues, which no iteration from one vector sees (SciPy's
-    does not look for them): it overlooks one with a probability of at most 5 %, and a warning says
-    where it could not decide. ``checkpoint`` names a file
-    from which the same call goes on after an interruption, with the same result; it takes one more
-    product.
+    restarts; ``"scipy"`` and ``"lobpcg"`` are SciPy's; ``"exact"`` decomposes the matrix;
+    ``"auto"`` decomposes stored matrices of up to 2,000 rows, takes the Gram matrix of ``V`` for
+    ``V V^T`` of low rank, and ``"lanczos"`` otherwise. ``block`` vectors are multiplied at once:
+    more cost more products, but those of a network share its passes. ``v0`` ``[P]`` or ``[P,
+    block]`` is the start (default: Gaussian from ``seed``). ``copies=True`` adds a last look beside
+    the subspace, of about three products, for copies of multiple eigenvalues, which no iteration
+    from one vector sees (SciPy's does not look for them): it overlooks one with a probability of at
+    most 5 %, and a warning says where it could not decide (it takes two products where that is
+    foreseen). ``checkpoint`` names a file from which the same call goes on after an interruption,
+    with the same result; it takes one more product.
 
     Cost: the products it reports, and ``O(P m^2)`` for a basis of ``m`` (two ``[m, P]`` are kept).
     Raises ``OptionError`` for a ``k`` beyond the rows, a budget below ``k`` and a matrix that is

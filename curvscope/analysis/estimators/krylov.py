@@ -45,6 +45,8 @@ class Krylov:
         self.draws = 0
         # the three-term recurrence of a single random start, as long as there is one
         self.chain: list[tuple[float, float]] | None = [] if start.shape[1] == 1 else None
+        self.seen = torch.ones(1, dtype=torch.float64)  # the first start in the present basis
+        self.merged = False  # whether eigenvalues were found beside the basis
         self.largest = 0.0
         self.pending = self._orthonormal(start.mT.to(self.basis))[0]
         if not len(self.pending):
@@ -79,6 +81,7 @@ class Krylov:
         self._project(start, stop)
         old = self.pending
         self.count = stop
+        self.merged = True
         ends = torch.cat([old, following])
         self.pending = self._orthonormal(ends)[0]
         if not len(self.pending):
@@ -170,14 +173,20 @@ class Krylov:
         lengths = rows.norm(dim=1)
         return rows / lengths.unsqueeze(1), (images.norm(dim=1) / lengths).double().cpu()
 
+    def start(self) -> Tensor:
+        """The first start vector ``[m]`` in the basis, but for what restarts have dropped of it."""
+        return torch.nn.functional.pad(self.seen, (0, self.count - len(self.seen)))
+
     def restart(self, keep: int, which: str) -> None:
         """Keep the best ``keep`` Ritz vectors, and go on with the same pending block."""
         pairs = self.ritz(keep, which)
         rows = self.vectors(pairs.combination)
         images = pairs.combination.mT.to(self.basis) @ self.images[: self.count]
         # new tensors: a state that has been handed out is never changed
+        seen = self.start()
         self.basis, self.images = rows, images
         self.count = len(rows)
+        self.seen = pairs.combination.mT @ seen
         self.projected = torch.zeros_like(self.projected)
         self.projected[: self.count, : self.count] = torch.diag(pairs.values)
         last = pairs.combination[-self.coupling.shape[1] :]
@@ -195,6 +204,8 @@ class Krylov:
             "pending": self.pending,
             "coupling": self.coupling,
             "draws": self.draws,
+            "seen": self.seen,
+            "merged": self.merged,
             "largest": self.largest,
             "used": self.meter.used,
         }
@@ -210,6 +221,7 @@ class Krylov:
         self.pending = state["pending"].to(self.meter.op.device)
         self.coupling = state["coupling"]
         self.draws, self.largest = state["draws"], state["largest"]
+        self.seen, self.merged = state["seen"], state["merged"]
         self.meter.used = state["used"]
 
 

@@ -304,3 +304,20 @@ def test_the_look_is_short_where_the_spectrum_decays() -> None:
         plain = cs.eigsh(op, 6, tol=1e-4, method="lanczos", copies=False)
         sure = cs.eigsh(op, 6, tol=1e-4, method="lanczos")
         assert 0 < sure.products - plain.products <= 3, name
+
+
+def test_the_look_is_a_glance_where_it_cannot_decide() -> None:
+    """Towards a dense end of the spectrum only two products are spent, and a warning says so."""
+    values = torch.linspace(-1, 1, 400).double() ** 3
+    op = by_products(with_spectrum(values))
+    plain = cs.eigsh(op, 10, tol=1e-4, method="lanczos", copies=False)
+    sure = cs.eigsh(op, 10, tol=1e-4, method="lanczos")
+    assert sure.products - plain.products == 2
+    assert any("could not be decided" in words for words in sure.warnings)
+    # where multiple eigenvalues have turned up already, it looks for more of them
+    values[:3], values[-3:] = -1.5, 1.5
+    twice = cs.eigsh(by_products(with_spectrum(values)), 7, tol=1e-4, method="lanczos", block=2)
+    plain = cs.eigsh(
+        by_products(with_spectrum(values)), 7, tol=1e-4, method="lanczos", block=2, copies=False
+    )
+    assert twice.products - plain.products > 2
