@@ -114,6 +114,8 @@ def test_search_works_from_disk(site: Path) -> None:
         tab.size(1200, 800)
         tab.open(site / "explanations" / "dropped.html")
         tab.click("label[for=__search].md-search__icon, .md-search__input")
-        tab.type("Hutchinson")
-        tab.wait("document.querySelectorAll('.md-search-result__item').length > 3", 20)
+        tab.wait("document.activeElement.matches('.md-search__input')", 60)
+        for letter in "Hutchinson":  # the page listens to keys
+            tab.key(letter)
+        tab.wait("document.querySelectorAll('.md-search-result__item').length > 3", 60)
         assert tab.errors == []
