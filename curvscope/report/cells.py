@@ -5,9 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from ..analysis.comparison import WHOLE, place
 from .numbers import shown
 
 WHOLE_TITLE = "whole matrix"
+
+
+def block_title(block: str) -> str:
+    """A block as a heading: its name, ``"block 0"`` for a number, or the whole matrix."""
+    return WHOLE_TITLE if block == WHOLE else place(block)
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ import math
 
 from ..analysis.comparison import WHOLE, Comparison, Row
 from .approximations import Approximation
-from .cells import WHOLE_TITLE, Cell, Column, Table, shade
+from .cells import Cell, Column, Table, block_title, shade
 from .findings import Findings
+from .headings import heading
 from .numbers import NOTHING, shown, with_error
 from .summary import candidates
 
@@ -17,7 +18,7 @@ def error_table(found: Findings, reference: str) -> Table:
     comparison = found.comparisons[reference]
     blocks = [*(row for row in (WHOLE,) if _has_whole(comparison)), *comparison.blocks]
     columns = [Column("approximation", numeric=False)]
-    columns += [Column(WHOLE_TITLE if name == WHOLE else name) for name in blocks]
+    columns += [Column(block_title(name)) for name in blocks]
     users = set(candidates(found))
     least = {
         name: min(
@@ -73,50 +74,31 @@ def _error_cell(row: Row, least: float) -> Cell:
     )
 
 
-_METRICS = (
-    ("error", "error"),
-    ("best_in_class", "best of class"),
-    ("excess", "error / best"),
-    ("error_rescaled", "error, best scale"),
-    ("cosine", "cosine"),
-    ("trace_ratio", "trace ratio"),
-    ("spectral_error", "spectral error"),
-    ("spectrum_distance", "distance of spectra"),
-    ("diagonal_correlation", "diagonal correlation"),
-    ("eigenspace_overlap", "eigenspace overlap"),
-    ("step_angle", "step angle (°)"),
-    ("step_efficiency", "step efficiency"),
-    ("decrease_ratio", "actual / predicted"),
-    ("stein_divergence", "log-det divergence"),
+METRIC_COLUMNS = (
+    *("error", "best_in_class", "excess", "error_rescaled", "cosine", "trace_ratio"),
+    *("spectral_error", "spectrum_distance", "diagonal_correlation", "eigenspace_overlap"),
+    *("step_angle", "step_efficiency", "decrease_ratio", "stein_divergence"),
 )
+"""What a table of all metrics shows, in order."""
 
 
 def metric_table(found: Findings, reference: str, block: str) -> Table:
     """A row per approximation of one block, a column per metric."""
-    from ..analysis.metrics import METRICS
-
     comparison = found.comparisons[reference]
-    docs = {key: _plain(METRICS[key].doc) if key in METRICS else "" for key, _ in _METRICS}
-    docs["best_in_class"] = "Error of the nearest matrix of the same class."
-    docs["excess"] = "How many times the error is that of the nearest matrix of the class."
     columns = [Column("approximation", numeric=False)]
-    columns += [Column(title, docs[key]) for key, title in _METRICS]
+    columns += [heading(key).column() for key in METRIC_COLUMNS]
     rows = []
     for name in comparison.approximations:
         row = comparison.row(block, name)
         head = Cell(name, small=row.status if row.status != "compared" else "", title=row.note)
         if row.status in ("uncovered", "failed"):
-            rows.append([head, *(Cell(NOTHING, title=row.note) for _ in _METRICS)])
+            rows.append([head, *(Cell(NOTHING, title=row.note) for _ in METRIC_COLUMNS)])
             continue
-        rows.append([head, *(_metric_cell(row, key) for key, _ in _METRICS)])
-    where = WHOLE_TITLE if block == WHOLE else block
+        rows.append([head, *(_metric_cell(row, key) for key in METRIC_COLUMNS)])
+    where = block_title(block)
     return Table(
         f"All approximations of the {reference}, {where}.", tuple(columns), rows, series=True
     )
-
-
-def _plain(doc: str) -> str:
-    return " ".join(doc.replace("``", "").split())
 
 
 def _metric_cell(row: Row, key: str) -> Cell:

@@ -6,8 +6,9 @@ import math
 from typing import Any
 
 from ..analysis.result import listing
-from .cells import Cell, Column, Table, finite, number, shade
+from .cells import Cell, Column, Table, block_title, finite, number, shade
 from .findings import Findings
+from .headings import heading
 from .numbers import NOTHING, percent, shown
 from .summary import best, exact_on
 
@@ -64,14 +65,14 @@ def layer_table(found: Findings) -> Table:
     columns = (
         Column("layer", numeric=False),
         Column("parameters"),
-        Column("route", "Algorithm that computed the exact GGN and Hessian block.", numeric=False),
-        Column("trace", "Sum of the eigenvalues of the GGN block."),
-        Column("norm", "Frobenius norm of the GGN block."),
-        Column("share of energy", "Squared norm of the block over that of the whole GGN."),
-        Column("top eigenvalues", "The three largest of the GGN block."),
-        Column("negative", "Negative eigenvalues of the Hessian block, and the smallest one."),
-        Column("diagonal share", "Energy on the diagonal; small: what a null model would have."),
-        Column("closest approximation", "By relative error, limits of classes aside."),
+        heading("route").column(numeric=False),
+        heading("trace").column(),
+        heading("norm").column(),
+        heading("share").column(),
+        heading("top_eigenvalues").column(),
+        heading("negative_eigenvalues").column("Small: the smallest one."),
+        heading("diagonal_share").column("Small: the null model."),
+        heading("best_approximation").column(),
     )
     rows = []
     for record in layer_records(found):
@@ -84,7 +85,7 @@ def layer_table(found: Findings) -> Table:
         rows.append(
             [
                 Cell(
-                    record["layer"],
+                    block_title(record["layer"]),
                     small=f"{record['type']}: {shapes}" if record["type"] else shapes,
                     link=f"#{anchor(found, record['layer'])}",
                 ),

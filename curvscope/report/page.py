@@ -9,7 +9,7 @@ from typing import Any
 from ..analysis.comparison import WHOLE
 from ..analysis.result import listing
 from ..errors import counted
-from .cells import Table
+from .cells import Table, block_title
 from .error_tables import error_table, metric_table
 from .figures import Picture
 from .findings import Findings
@@ -139,7 +139,7 @@ def _layer(found: Findings, pictures: Sequence[Picture], block: str) -> Layer:
         if block in comparison.blocks and not (name == "Hessian" and found.same_blocks)
     ]
     return Layer(
-        block,
+        block_title(block),
         anchor(found, block),
         _layer_sentence(found, block),
         tables,

@@ -8,8 +8,9 @@ from typing import Any
 
 from ..errors import counted
 from .approximations import Approximation
-from .cells import Cell, Column, Table, finite, number
+from .cells import Cell, Column, Table, block_title, finite, number
 from .findings import Findings
+from .headings import heading
 from .numbers import NOTHING, percent, seconds, shown, with_error
 
 
@@ -53,13 +54,13 @@ def concentration_table(found: Findings) -> Table:
     """Diagonal share, discs, dominance, Kaiser rule and signal-to-noise, beside the null model."""
     columns = (
         Column("matrix", numeric=False),
-        Column("rows"),
-        Column("diagonal share", "Share of squared entries on the diagonal; small: null model."),
-        Column("score", "Standard deviations above the null model."),
-        Column("separate discs", "Gershgorin discs that touch no other; small: null model."),
-        Column("dominant rows", "Share of rows whose diagonal exceeds the rest; small: null."),
-        Column("Kaiser", "Eigenvalues above the mean diagonal; small: with noise."),
-        Column("signal to noise (dB)", "Diagonal against off-diagonal energy; small: with noise."),
+        heading("size").column(),
+        heading("diagonal_share").column("Small: the null model."),
+        heading("score").column(),
+        heading("disjoint").column("Small: the null model."),
+        heading("dominant").column("Small: the null model."),
+        heading("kaiser").column("Small: with noise."),
+        heading("snr").column("Small: with noise."),
     )
     rows = []
     for record in concentration_records(found):
@@ -69,7 +70,7 @@ def concentration_table(found: Findings) -> Table:
             null += f" ± {percent(spread)}"
         rows.append(
             [
-                Cell(f"{record['block']}, {record['matrix']}"),
+                Cell(f"{block_title(record['block'])}, {record['matrix']}"),
                 Cell(shown(record["size"]), sort=record["size"]),
                 Cell(
                     _percent(record, "diagonal_share"),
@@ -114,7 +115,7 @@ def coverage_table(found: Findings) -> Table:
     assert result is not None
     columns = (
         Column("method", numeric=False),
-        Column("covered", "Share of the parameters, counted by entries."),
+        heading("covered").column(),
         Column("routes", numeric=False),
         Column("not covered", numeric=False),
     )

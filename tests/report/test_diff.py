@@ -18,6 +18,8 @@ from curvscope.cli import make_app
 from curvscope.errors import OptionError, OutputError, ReportError
 from curvscope.report import diff, read_report
 from curvscope.report.differences.model import NOISE, SAME, Value, state_of
+from curvscope.report.differences.page import tables
+from curvscope.report.headings import heading
 
 from .browser import Browser, browser, find
 
@@ -322,3 +324,30 @@ def test_the_page_in_a_browser(
     assert tab.evaluate("document.documentElement.scrollWidth") <= 690
     assert tab.errors == []
     assert tab.pdf().startswith(b"%PDF")
+
+
+def test_headings_and_places_are_those_of_the_report(document: Document) -> None:
+    """No name of a column as it is in the code, and blocks that are numbers say that they are."""
+
+    def change(d: Document) -> None:
+        row(d, "K-FAC", "0")["values"]["error"] *= 1.5
+        d["layers"][0]["negative_eigenvalues"] = 7
+
+    document = json.loads(json.dumps(document).replace('"last"', '"0"'))
+    found = diff(document, other(document, change))
+    made = {title: [table for _, table in parts] for title, parts in tables(found)}
+    names = {number.metric for number in found.numbers}
+    for columns in ([c for t in parts for c in t.columns] for parts in made.values()):
+        titles = {column.title for column in columns}
+        assert not titles & {name for name in names if heading(name).title != name}
+        assert not any("_" in title for title in titles)
+    concentrated = made["Concentration"][0]
+    assert [c.title for c in concentrated.columns][1:] == [
+        heading(key).title
+        for key in ("diagonal_share", "score", "disjoint", "dominant", "kaiser", "snr")
+    ]
+    assert all(column.doc for column in concentrated.columns[1:])
+    assert "block 0, exact block" in [r[0].text for r in concentrated.rows]
+    first = found.changed[0]
+    assert (first.place, first.where) == ("0", "K-FAC, block 0")
+    assert "error of K-FAC, block 0, from" in str(found)

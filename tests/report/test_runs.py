@@ -76,11 +76,11 @@ def test_the_table_of_a_step_has_what_was_last_measured(trained: Path) -> None:
     found = step_table(runs)
     assert found is not None
     steps, rows, values = (found.data[name] for name in ("steps", "rows", "values"))
-    assert rows == ["0", "2", SHARP] and steps == sorted(steps)
+    assert rows == ["block 0", "block 2", SHARP] and steps == sorted(steps)
     run = next(m.run for m in runs.members if m.optimizer == "kbfgs")
     for step, block in ((steps[0], "0"), (steps[-1], "2")):
         past = [r for r in run.rows("error") if r["step"] <= step and r["block"] == block]
-        error, cosine = values[steps.index(step)][rows.index(block)][1]
+        error, cosine = values[steps.index(step)][rows.index(f"block {block}")][1]
         assert error == pytest.approx(past[-1]["error"], rel=1e-4)
         assert cosine == pytest.approx(past[-1]["cosine"], rel=1e-4)
     last = [[cell.text for cell in row] for row in found.table.rows]

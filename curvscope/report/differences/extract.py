@@ -8,7 +8,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from ..cells import WHOLE_TITLE
+from ...analysis.comparison import WHOLE
+from ..cells import WHOLE_TITLE, block_title
 from ..write import KIND
 from .model import Only, Value, Words
 
@@ -38,7 +39,6 @@ _SPECTRUM = ("largest", "smallest", "trace", "effective_rank", "positive", "nega
 _OF_WHOLE = ("smallest",)  # eigenvalues that may be rounding of the largest
 _PROBLEM = ("objective", "gradient_norm", "test_accuracy")
 _NEVER = ("out",)  # settings that say where, not what
-_WHOLE = "(all)"
 _CHECKED = ("check of ", "trust in ")
 
 
@@ -58,7 +58,7 @@ def _problem_numbers(document: Mapping[str, Any]) -> Iterator[tuple[Key, Value]]
             yield ("layers", layer["layer"], "", name), _value(layer.get(name), scale)
     for reference, comparison in document["comparisons"].items():
         for row in comparison["rows"]:
-            place = WHOLE_TITLE if row["block"] == _WHOLE else row["block"]
+            place = WHOLE_TITLE if row["block"] == WHOLE else row["block"]
             for metric, value in row["values"].items():
                 stderr = row["stderr"].get(metric) or 0.0
                 key = (f"errors against the {reference}", place, row["approximation"], metric)
@@ -212,7 +212,7 @@ def _verdicts(document: Mapping[str, Any]) -> dict[str, str]:
     found = {f"check of {c['name']}": c["status"] for c in result.get("checks", ())}
     found |= {f"trust in {name}": word for name, word in (result.get("trust") or {}).items()}
     for layer in document["layers"]:
-        found[f"closest to {layer['layer']}"] = layer["best_approximation"]
+        found[f"closest to {block_title(layer['layer'])}"] = layer["best_approximation"]
     return found
 
 

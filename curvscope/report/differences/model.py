@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..cells import block_title
+from ..headings import heading
 from ..numbers import shown
 
 if TYPE_CHECKING:
@@ -63,7 +65,7 @@ class Number:
     @property
     def where(self) -> str:
         """What the number is of, in words."""
-        return ", ".join(part for part in (self.name, self.place) if part)
+        return ", ".join(part for part in (self.name, block_title(self.place)) if part)
 
 
 @dataclass(frozen=True)
@@ -216,7 +218,7 @@ class Difference:
         return [
             "Largest relative changes: "
             + "; ".join(
-                f"{n.metric.replace('_', ' ')} of {n.where or 'the problem'}, from {shown(n.a)} to "
+                f"{heading(n.metric).title} of {n.where or 'the problem'}, from {shown(n.a)} to "
                 f"{shown(n.b)}"
                 for n in moved
             )
@@ -229,10 +231,10 @@ class Difference:
             for what in dict.fromkeys(one.what for one in self.only):
                 names = [one.name for one in self.only if one.what == what and one.in_a == in_a]
                 if names:
-                    texts.append(
-                        f"Only {side} has the {what}{'s' if len(names) > 1 else ''} "
-                        f"{_listed(names)}."
+                    has = {"part": "has the", "reference": "compares with the"}.get(
+                        what, f"has the {what}{'s' if len(names) > 1 else ''}"
                     )
+                    texts.append(f"Only {side} {has} {_listed(names)}.")
         return texts
 
     def _differing(self, table: str) -> str:

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..cells import WHOLE_TITLE, Cell, Column, Table, finite
-from ..error_tables import _METRICS
+from ..cells import WHOLE_TITLE, Cell, Column, Table, block_title, finite
+from ..error_tables import METRIC_COLUMNS
+from ..headings import heading
 from ..numbers import NOTHING, shown
 from ..skeleton import Choice, Link, render_page
 from .model import CHANGED, NOISE, ONLY_A, SAME, Difference, Number, Words
@@ -47,13 +48,11 @@ def render(
     pictures, notes, rules = pairs(documents, folders)
     groups: dict[str, list[Pair]] = {}
     for pair in pictures:
-        groups.setdefault(pair.block, []).append(pair)
+        groups.setdefault(block_title(pair.block) or "The whole network", []).append(pair)
     sections = tables(found)
     below = {
         "tables": [Link(title, f"#table-{k}") for k, (title, _) in enumerate(sections)],
-        "figures": [
-            Link(block or "the whole network", f"#figures-{k}") for k, block in enumerate(groups)
-        ],
+        "figures": [Link(block, f"#figures-{k}") for k, block in enumerate(groups)],
     }
     same_name = found.names[0] == found.names[1]
     return render_page(
@@ -94,7 +93,8 @@ def tables(found: Difference) -> list[tuple[str, list[tuple[str, Table]]]]:
         if name.startswith("errors"):
             made = [("", _errors(numbers, name))]
             for place in dict.fromkeys(n.place for n in numbers):
-                made.append((f"All metrics, {place}", _metrics(numbers, place, name)))
+                title = f"All metrics, {block_title(place)}"
+                made.append((title, _metrics(numbers, place, name)))
             sections.append((name[0].upper() + name[1:], made))
         else:
             title = _TITLES.get(name, name)
@@ -111,7 +111,7 @@ def _errors(numbers: list[Number], title: str) -> Table:
     known = {(n.name, n.place): n for n in chosen}
     return Table(
         f"Relative {title}, from A to B; below, the change.",
-        (Column("approximation", numeric=False), *(Column(place) for place in places)),
+        (Column("approximation", numeric=False), *(Column(block_title(place)) for place in places)),
         [
             [Cell(name), *(_cell(known.get((name, place))) for place in places)]
             for name in dict.fromkeys(n.name for n in chosen)
@@ -124,13 +124,13 @@ def _metrics(numbers: list[Number], place: str, title: str) -> Table:
     """A row per approximation of one block, a column per metric of the report's page."""
     chosen = [n for n in numbers if n.place == place]
     there = {n.metric for n in chosen}
-    columns = [(key, name) for key, name in _METRICS if key in there]
+    columns = [key for key in METRIC_COLUMNS if key in there]
     known = {(n.name, n.metric): n for n in chosen}
     return Table(
-        f"{place}: {title}.",
-        (Column("approximation", numeric=False), *(Column(name) for _, name in columns)),
+        f"{block_title(place)}: {title}.",
+        (Column("approximation", numeric=False), *(heading(key).column() for key in columns)),
         [
-            [Cell(name), *(_cell(known.get((name, key))) for key, _ in columns)]
+            [Cell(name), *(_cell(known.get((name, key))) for key in columns)]
             for name in dict.fromkeys(n.name for n in chosen)
         ],
         series=True,
@@ -143,10 +143,10 @@ def _pivot(numbers: list[Number], title: str) -> Table:
     known = {(n.place, n.name, n.metric): n for n in numbers}
     return Table(
         f"{title}: from A to B; below, the change.",
-        (Column("of", numeric=False), *(Column(m.replace("_", " ")) for m in metrics)),
+        (Column("of", numeric=False), *(heading(metric).column() for metric in metrics)),
         [
             [
-                Cell(", ".join(part for part in (place, name) if part) or "the problem"),
+                Cell(", ".join(filter(None, (block_title(place), name))) or "the problem"),
                 *(_cell(known.get((place, name, metric))) for metric in metrics),
             ]
             for place, name in dict.fromkeys((n.place, n.name) for n in numbers)
@@ -165,7 +165,7 @@ def _largest(found: Difference) -> Table | None:
     )
     rows = [
         [
-            Cell(n.metric.replace("_", " "), small=n.table),
+            Cell(heading(n.metric).title, small=n.table),
             Cell(n.where or n.table),
             *(Cell(_text(n, v), sort=finite(v)) for v in (n.a, n.b, n.difference)),
             Cell(_change(n), sort=finite(abs(n.relative)), shade=_shade(n)),

@@ -6,7 +6,7 @@ import bisect
 from dataclasses import dataclass
 from typing import Any
 
-from ..cells import Cell, Column, Table, finite
+from ..cells import Cell, Column, Table, block_title, finite
 from ..numbers import NOTHING, shown
 from .gather import Runs, Values, band
 from .lines import of_block
@@ -76,7 +76,9 @@ def _curves(runs: Runs) -> list[tuple[str, str, Curve, Curve]]:
         for block in runs.blocks:
             error = of(of_block("error", block, "error"))
             if error:
-                found.append((block, name, error, of(of_block("error", block, "cosine"))))
+                found.append(
+                    (block_title(block), name, error, of(of_block("error", block, "cosine")))
+                )
         key = "preconditioned_product"
         sharp = of(of_block("sharpness", "", key)) or of(of_block("sharpness", "", "product"))
         if sharp:

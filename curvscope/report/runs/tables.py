@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from ..cells import Cell, Column, Table, finite, number
+from ..cells import Cell, Column, Table, block_title, finite, number
 from ..document import write_records
 from ..numbers import percent, seconds, shown
 from .gather import Group, Member, Runs
@@ -146,7 +146,7 @@ def alarm_table(runs: Runs) -> Table:
             rows.append(
                 [
                     Cell(name),
-                    Cell(block or "–"),
+                    Cell(block_title(block) or "–"),
                     Cell(str(first[1]["message"]), small=alarm),
                     number(int(first[1]["step"])),
                     number(min(over)) if over else Cell("not over"),
