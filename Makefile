@@ -70,9 +70,9 @@ types: $(DEV)
 	$(BIN)/mypy
 
 # One thread per test process: the processes share the cores, and results do not depend on how
-# many there are.
+# many there are. Tests of a file stay in one process, which then makes what they share once.
 unit: $(DEV)
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope $(PYTEST)
 
 # Tables of benchmarks/results/; peers that are installed are measured beside curvscope.
 BENCHMARKS ?= blocks eigenpairs optimizers products spectra monitor $(if $(DATA),kbfgs_mnist)

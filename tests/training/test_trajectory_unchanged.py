@@ -11,12 +11,13 @@ import pytest
 import torch
 
 import curvscope as cs
-from curvscope.training import curvature_measures
+from curvscope.training import curvature_measures, spectral_measures
 from curvscope.training.measures import REGISTRY
 from tests.training.loops import OPTIMIZERS, noisy_net, problem_of, train
 
-STEPS = 5
-assert curvature_measures.OF_CURVATURE  # importing it registers its measures
+STEPS = 3
+# importing them registers their measures
+assert curvature_measures.OF_CURVATURE and spectral_measures.Sharpness.name in REGISTRY
 
 
 def everything(model: torch.nn.Module, optimizer: Any) -> dict[str, Any]:
@@ -31,18 +32,18 @@ def everything(model: torch.nn.Module, optimizer: Any) -> dict[str, Any]:
     return found
 
 
-def run(name: str, path: Path | None, **options: Any) -> dict[str, Any]:
+def run(name: str, path: Path | None, steps: int = STEPS, **options: Any) -> dict[str, Any]:
     model = noisy_net()
     optimizer = OPTIMIZERS[name](model)
     torch.default_generator.manual_seed(5)
     np.random.seed(5)
     random.seed(5)
     if path is None:
-        train(model, optimizer, STEPS)
+        train(model, optimizer, steps)
     else:
         with cs.Monitor(problem_of(model), optimizer, path, strict=True, **options) as monitor:
-            train(model, optimizer, STEPS, lambda _, loss: monitor.step(loss))
-        assert monitor.steps == STEPS
+            train(model, optimizer, steps, lambda _, loss: monitor.step(loss))
+        assert monitor.steps == steps
     return everything(model, optimizer)
 
 
@@ -71,7 +72,7 @@ def test_every_measure_at_every_step_changes_nothing(name: str, tmp_path: Path) 
 
 @pytest.mark.filterwarnings("ignore::curvscope.training.MonitorWarning")
 def test_the_default_monitor_changes_nothing(tmp_path: Path) -> None:
-    assert_same(run("K-BFGS", None), run("K-BFGS", tmp_path / "run"))
+    assert_same(run("K-BFGS", None, 5), run("K-BFGS", tmp_path / "run", 5))
 
 
 @pytest.mark.filterwarnings("ignore::curvscope.training.MonitorWarning")
@@ -93,8 +94,8 @@ def test_measures_that_fail_change_nothing(tmp_path: Path) -> None:
     with cs.Monitor(
         problem_of(model), optimizer, tmp_path / "run", measures=["default", Broken()], budget=None
     ) as monitor:
-        train(model, optimizer, STEPS, lambda _, loss: monitor.step(loss))
-    assert_same(run("AdaFisher", None), everything(model, optimizer))
+        train(model, optimizer, 5, lambda _, loss: monitor.step(loss))
+    assert_same(run("AdaFisher", None, 5), everything(model, optimizer))
     failed = cs.Run(tmp_path / "run").frame("monitor").query("event == 'failed'")
     assert failed["error"].str.contains("on purpose").all() and len(failed) == 5  # then given up
     assert failed["note"].iloc[-1] == "given up after 5 failures"
