@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .common import length
 from .krylov import Krylov, Ritz
 
 DOUBT = 0.05
@@ -76,19 +77,19 @@ def look_beside(
         for _ in range(2):
             rest -= known.mT @ (known @ rest)
             rest -= basis.mT @ (basis @ rest)
-        length = float(rest.norm())
+        beta = length(rest)
         low, high = _range(alphas, betas)
-        over = len(rows) == left or length <= 20 * krylov.eps * max(krylov.largest, -low, high)
+        over = len(rows) == left or beta <= 20 * krylov.eps * max(krylov.largest, -low, high)
         missing: bool | None = None
         if high > above + margin or low < below - margin:
             missing = True
         elif over:
             missing = False
         else:
-            weights = [g.step(alphas[-1], length) for g in growth]
+            weights = [g.step(alphas[-1], beta) for g in growth]
             if max(weights) <= goal and left > _LEAST:  # a few directions are all looked at
                 missing = False
-        following = rest.new_empty(0, len(rest)) if over else (rest / length).unsqueeze(0)
+        following = rest.new_empty(0, len(rest)) if over else (rest / beta).unsqueeze(0)
         hopeless = False
         if missing is None and len(rows) >= _PATIENCE and left > _LEAST:
             slope = max(g.slope for g in growth)
@@ -96,7 +97,7 @@ def look_beside(
             hopeless = expected > most
         if missing is not None or len(rows) >= most or hopeless:
             return Beside(missing, basis, torch.stack(images), following)
-        betas.append(length)
+        betas.append(beta)
         row = following[0]
 
 
@@ -121,12 +122,12 @@ def _foreseen(
         basis = torch.stack(rows)
         for _ in range(2):
             rest = rest - basis.mT @ (basis @ rest)
-        length = float(rest.norm())
-        if length <= 1e-12 * krylov.largest:
+        beta = float(rest.norm())
+        if beta <= 1e-12 * krylov.largest:
             return count
-        if max(g.step(alpha, length) for g in growth) <= goal:
+        if max(g.step(alpha, beta) for g in growth) <= goal:
             return count
-        rows.append(rest / length)
+        rows.append(rest / beta)
     return most + 1
 
 

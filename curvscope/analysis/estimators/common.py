@@ -134,9 +134,9 @@ class Meter:
         u, Au = self._first
         self._first, self._checked = None, True
         there, back = dot(u, Av), dot(v, Au)
-        lengths = [float(x.norm()) for x in (u, v, Au, Av)]
+        sizes = [length(x) for x in (u, v, Au, Av)]
         # a random error of a product is nearly orthogonal to any one vector
-        size = (lengths[0] * lengths[3] + lengths[1] * lengths[2]) / math.sqrt(self.size)
+        size = (sizes[0] * sizes[3] + sizes[1] * sizes[2]) / math.sqrt(self.size)
         size = max(size, abs(there), abs(back))
         limit = _ASYMMETRY * math.sqrt(torch.finfo(Av.dtype).eps)
         if abs(there - back) > limit * size:
@@ -154,6 +154,21 @@ class Meter:
 def dot(u: Tensor, v: Tensor) -> float:
     """``u . v`` summed in float64."""
     return float((u.double() * v.double()).sum())
+
+
+def lengths(rows: Tensor) -> Tensor:
+    """``|x|`` of rows ``[k, P]``: ``[k]`` in float64, also where squares over- or underflow."""
+    found = rows.norm(dim=1).double()
+    if bool(((found > 1e-15) & (found < 1e18)).all()):
+        return found
+    peaks = rows.abs().amax(1, keepdim=True).double()
+    fine = torch.where((peaks > 0) & peaks.isfinite(), peaks, 1.0)
+    return (rows.double() / fine).norm(dim=1) * fine.squeeze(1)
+
+
+def length(vector: Tensor) -> float:
+    """``|x|`` of ``[P]``, as :func:`lengths`."""
+    return float(lengths(vector.unsqueeze(0)))
 
 
 def column_dots(u: Tensor, v: Tensor) -> Tensor:

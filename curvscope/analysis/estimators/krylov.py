@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...errors import OptionError
-from .common import Meter, normals
+from .common import Meter, length, lengths, normals
 
 SLACK = 1e-3  # eigenvalues below this share of the largest are judged as if they were as large
 
@@ -63,7 +63,7 @@ class Krylov:
         self.basis[start:stop], self.images[start:stop] = block, images
         self._project(start, stop)
         self.count = stop
-        rest, coupling = self._orthonormal(images)
+        rest, coupling = self._orthonormal(images, self.largest)
         self.coupling = coupling
         if self.chain is not None and len(block) == 1 and len(self.chain) == start:
             alpha = float(self.projected[start, start])
@@ -103,15 +103,17 @@ class Krylov:
                 return found
         return self.basis[:0]
 
-    def _orthonormal(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Orthonormal rows ``[r, P]`` spanning what is beside the basis, and ``[r, b]`` of it."""
+    def _orthonormal(self, rows: Tensor, size: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Orthonormal rows ``[r, P]`` spanning what is beside the basis, and ``[r, b]`` of it.
+
+        What is left of a row counts as rounding if it is small beside the row and ``size``.
+        """
         known = self.basis[: self.count]
         found: list[Tensor] = []
         coefficients = torch.zeros(len(rows), len(rows), dtype=torch.float64)
         for column, row in enumerate(rows):
             row = row.clone()
-            before = float(row.norm())
-            length = before
+            before = left = length(row)
             kept = torch.zeros(len(rows), dtype=torch.float64)
             for _ in range(3):  # twice is enough, the third time is for rows that nearly vanish
                 row -= known.mT @ (known @ row)
@@ -119,13 +121,12 @@ class Krylov:
                     part = other @ row
                     row -= part * other
                     kept[place] += float(part)
-                last, length = length, float(row.norm())
-                if length > 0.5 * last:
+                last, left = left, length(row)
+                if left > 0.5 * last:
                     break
-            scale = max(before, self.largest)
-            if length > 20 * self.eps * scale and length > 0:
-                kept[len(found)] = length
-                found.append(row / length)
+            if left > 20 * self.eps * max(before, size) and left > 0:
+                kept[len(found)] = left
+                found.append(row / left)
             coefficients[:, column] = kept
         block = torch.stack(found) if found else rows[:0]
         return block, coefficients[: len(found)]
@@ -147,7 +148,7 @@ class Krylov:
         self.projected[start:stop, :stop] = part.mT
         own = part[start:stop]
         self.projected[start:stop, start:stop] = (own + own.mT) / 2
-        self.largest = max(self.largest, float(self.images[start:stop].norm(dim=1).max()))
+        self.largest = max(self.largest, float(lengths(self.images[start:stop]).max()))
 
     # -- reading ---------------------------------------------------------------------------------
 
@@ -170,8 +171,8 @@ class Krylov:
         rows = self.vectors(pairs.combination)
         images = pairs.combination.mT.to(self.basis) @ self.images[: self.count]
         images -= pairs.values.to(rows).unsqueeze(1) * rows
-        lengths = rows.norm(dim=1)
-        return rows / lengths.unsqueeze(1), (images.norm(dim=1) / lengths).double().cpu()
+        sizes = rows.norm(dim=1)
+        return rows / sizes.unsqueeze(1), (lengths(images) / sizes).double().cpu()
 
     def start(self) -> Tensor:
         """The first start vector ``[m]`` in the basis, but for what restarts have dropped of it."""

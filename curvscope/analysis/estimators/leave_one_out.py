@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...progress import track
 from .checkpoint import Keeper
-from .common import Meter, column_dots, signs
+from .common import Meter, column_dots, length, lengths, signs
 
 _PAIRS = 2**30  # entries of pairs of probes that are looked at for the diagonal's errors
 _ROWS = 2**21  # numbers in one temporary of the diagonal's errors
@@ -68,7 +68,7 @@ class LeaveOneOut:
         self.dots = torch.cat([self.dots, column_dots(probes, sketch)])
         old = self.basis.shape[1]
         before = float(self.R.norm(dim=0).max()) if old else 0.0
-        scale = max(before, float(sketch.norm(dim=0).max()), math.ulp(0.0))
+        scale = max(before, float(lengths(sketch.mT).max()), math.ulp(0.0))
         new, rows = self._orthonormal(sketch, _NOISE * self.eps * scale)
         added = new.shape[1]
         larger = torch.zeros(old + added, self.count + count, dtype=torch.float64)
@@ -105,10 +105,10 @@ class LeaveOneOut:
                     left -= inside * other
                     rows[old + place, column] += float(inside)
                 left -= self.basis @ (self.basis.mT @ left)
-            length = float(left.norm())
-            if length > noise:
-                rows[old + len(found), column] = length
-                found.append(left / length)
+            size = length(left)
+            if size > noise:
+                rows[old + len(found), column] = size
+                found.append(left / size)
         new = torch.stack(found, 1) if found else self.basis[:, :0]
         return new, rows[: old + len(found)]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...progress import track
-from .common import Meter, signs, title
+from .common import Meter, lengths, signs, title
 
 _BYTES = 2**30  # for the bases of the starts that go together
 _TOGETHER = 16
@@ -92,10 +92,10 @@ def quadrature(
         images -= alphas[:, step].to(images).unsqueeze(1) * vectors
         if step:
             images -= betas[:, step - 1].to(images).unsqueeze(1) * before
-        lengths = images.norm(dim=1).double().cpu()
+        sizes = lengths(images).cpu()
         repair = reorthogonalise == "full"
         if reorthogonalise == "selective":
-            lost = loss.step(step, alphas, betas, lengths)
+            lost = loss.step(step, alphas, betas, sizes)
             repair = lost or again
             again = lost  # two neighbours have to be repaired
         if repair:
@@ -103,19 +103,19 @@ def quadrature(
             for _ in range(2):
                 part = known @ images.unsqueeze(2)
                 images -= (known.mT @ part).squeeze(2)
-            lengths = images.norm(dim=1).double().cpu()
+            sizes = lengths(images).cpu()
             loss.repaired(step)
             repairs += 1
         done = step + 1
         scale = torch.maximum(alphas[:, :done].abs().amax(1), betas[:, :done].abs().amax(1))
-        ended = (lengths <= 20 * eps * scale) & (ends == steps)
+        ended = (sizes <= 20 * eps * scale) & (ends == steps)
         ends[ended] = done
-        lengths = torch.where(ends <= done, 0.0, lengths) if bool((ends <= done).any()) else lengths
-        betas[:, step] = lengths
+        sizes = torch.where(ends <= done, 0.0, sizes) if bool((ends <= done).any()) else sizes
+        betas[:, step] = sizes
         if bool((ends <= done).all()) and done < steps:
             break
         before = vectors
-        divisors = torch.where(lengths > 0, lengths, torch.inf)
+        divisors = torch.where(sizes > 0, sizes, torch.inf)
         vectors = images / divisors.to(images).unsqueeze(1)
         if hold is not None:
             hold(
