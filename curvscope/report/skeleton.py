@@ -8,6 +8,7 @@ page that needs one more names it.
 
 from __future__ import annotations
 
+import datetime
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -83,7 +84,7 @@ def render_page(
 
 @functools.cache
 def environment() -> jinja2.Environment:
-    """Jinja with these templates: strict, escaping, and the filter ``breakable``."""
+    """Jinja with these templates: strict, escaping, with the filters ``breakable`` and ``day``."""
     import jinja2
 
     made = jinja2.Environment(
@@ -94,6 +95,7 @@ def environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
     )
     made.filters["breakable"] = _breakable
+    made.filters["day"] = day
     return made
 
 
@@ -108,6 +110,17 @@ def _grouped(choices: Sequence[Choice]) -> dict[str, list[Choice]]:
     for choice in choices:
         groups.setdefault(choice.group, []).append(choice)
     return groups
+
+
+def day(moment: str) -> str:
+    """A moment as ``report.json`` has it, for people: ``"2026-11-21 15:45 UTC"``."""
+    try:
+        read = datetime.datetime.fromisoformat(moment)
+    except ValueError:
+        return moment
+    if read.tzinfo is None:
+        return moment
+    return f"{read.astimezone(datetime.UTC):%Y-%m-%d %H:%M} UTC"
 
 
 def _breakable(text: str) -> Any:

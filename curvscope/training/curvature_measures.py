@@ -147,6 +147,7 @@ class Error(_Compared):
     """
 
     name = "error"
+    about = "the optimizer's curvature against the exact one"
     weight = 10.0
     by_block = True
 
@@ -184,6 +185,7 @@ class Best(Error):
     """
 
     name = "best"
+    about = "the optimizer's curvature beside the best of its class"
     weight = 4.0
     best = True
 
@@ -202,6 +204,7 @@ class Fresh(_Compared):
     """
 
     name = "fresh"
+    about = "fresh approximations against the exact curvature"
     weight = 4.0
 
     def __init__(self, names: Sequence[str] | None = None) -> None:
@@ -237,6 +240,7 @@ class Staleness(Measure):
     """
 
     name = "staleness"
+    about = "the optimizer's factors against fresh ones"
     weight = 2.0
 
     def take(self, moment: Moment) -> Rows:
@@ -291,6 +295,7 @@ class Preconditioner(Measure):
     """
 
     name = "preconditioner"
+    about = "what multiplies the gradient"
 
     def take(self, moment: Moment) -> Rows:
         """A row per block; none for an optimizer without one."""
@@ -325,6 +330,7 @@ class Concentration(Measure):
     """
 
     name = "concentration"
+    about = "how much of each matrix lies on its diagonal"
 
     def take(self, moment: Moment) -> Rows:
         """A row per block and matrix, and one per factor."""

@@ -26,15 +26,17 @@ Rows = list[dict[str, Any]]
 class Measure:
     """Base class of what a monitor measures.
 
-    ``name`` names its records; ``default`` is its schedule; ``weight`` its part of the budget;
-    ``needs_before`` says that it compares with the moment before the step (``moment.previous``),
-    on which :meth:`before` is called. ``disturbs`` is false for those that neither evaluate the
-    model nor draw random numbers; ``steady`` is true for those that take microseconds, which have
-    a part of the budget to themselves; ``by_block`` for those whose :meth:`take` measures
-    ``moment.blocks`` only, so that a budget can take them in parts.
+    ``name`` names its records, ``about`` says in a few words what they are; ``default`` is its
+    schedule; ``weight`` its part of the budget; ``needs_before`` says that it compares with the
+    moment before the step (``moment.previous``), on which :meth:`before` is called. ``disturbs`` is
+    false for those that neither evaluate the model nor draw random numbers; ``steady`` is true for
+    those that take microseconds, which have a part of the budget to themselves; ``by_block`` for
+    those whose :meth:`take` measures ``moment.blocks`` only, so that a budget can take them in
+    parts.
     """
 
     name: ClassVar[str] = ""
+    about: ClassVar[str] = ""
     default: ClassVar[Schedule] = Every(10)
     weight: ClassVar[float] = 1.0
     needs_before: ClassVar[bool] = False
@@ -120,6 +122,7 @@ class Loss(Measure):
     """``loss`` as the loop hands it over, and ``lr``, the learning rate."""
 
     name = "loss"
+    about = "loss of the step, learning rate"
     default = Every(1)
     disturbs = False
     steady = True
@@ -135,6 +138,7 @@ class Gradient(Measure):
     """On the probe: ``objective`` and ``norm``, the length of its gradient."""
 
     name = "gradient"
+    about = "loss and length of the gradient on the probe"
 
     def take(self, moment: Moment) -> Rows:
         """One row."""
@@ -154,6 +158,7 @@ class Update(Measure):
     """
 
     name = "update"
+    about = "length and direction of the step taken"
     needs_before = True
 
     def before(self, moment: Moment) -> None:
@@ -187,6 +192,7 @@ class Decrease(Measure):
     """
 
     name = "decrease"
+    about = "decrease of the loss, promised and got"
     needs_before = True
 
     def before(self, moment: Moment) -> None:
@@ -225,6 +231,7 @@ class Noise(Measure):
     """``cs.gradient_noise`` on the probe: gradient norm, variance, noise scale, batch sizes."""
 
     name = "noise"
+    about = "noise of the gradient"
 
     def take(self, moment: Moment) -> Rows:
         """One row."""
@@ -241,6 +248,7 @@ class Diagnostics(Measure):
     """The optimizer's own ``diagnostics()``: a row per block, if it has any."""
 
     name = "diagnostics"
+    about = "what the optimizer says of itself"
 
     def take(self, moment: Moment) -> Rows:
         """A row per block."""

@@ -152,6 +152,7 @@ class SnapshotMeasure(Measure):
     """The measure behind ``cs.Monitor(..., snapshots=...)``; step 0 is where it begins."""
 
     name = "snapshot"
+    about = "snapshots of the parameters"
     weight = 0.5
     disturbs = False
 

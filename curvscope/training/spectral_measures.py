@@ -26,6 +26,7 @@ class Sharpness(Measure):
     """
 
     name = "sharpness"
+    about = "largest eigenvalue of the Hessian"
     weight = 4.0
 
     def __init__(self, steps: int = 12, tol: float = 0.01) -> None:
@@ -64,6 +65,7 @@ class Trace(Measure):
     """``trace`` of the exact reference, by block and in all (block ``"(all)"``)."""
 
     name = "trace"
+    about = "trace of the exact curvature"
 
     def take(self, moment: Moment) -> Rows:
         """A row per block and one for the whole."""
@@ -88,6 +90,7 @@ class Spectrum(Measure):
     """
 
     name = "spectrum"
+    about = "leading eigenvalues of the exact curvature"
     weight = 2.0
 
     def __init__(self, count: int = 10, steps: int = 40) -> None:
@@ -131,6 +134,7 @@ class Density(Measure):
     """
 
     name = "density"
+    about = "density of the eigenvalues"
     weight = 2.0
 
     def __init__(self, probes: int = 4, steps: int = 30, points: int = 200) -> None:

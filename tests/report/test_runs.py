@@ -22,6 +22,10 @@ from curvscope.report.runs import holds_runs, make_runs_report
 from curvscope.report.runs.gather import gather
 from curvscope.report.runs.logged import logged_numbers
 from curvscope.report.runs.steps import SHARP, step_table
+from curvscope.report.runs.tables import monitor_table
+from curvscope.report.runs.watched import measured, scheduled, settings
+from curvscope.training.measures import REGISTRY
+from curvscope.training.schedules import At, Every, PowersOfTwo, Schedule, Share
 
 from .browser import Browser, browser, find
 
@@ -84,7 +88,7 @@ def test_the_table_of_a_step_has_what_was_last_measured(trained: Path) -> None:
         assert error == pytest.approx(past[-1]["error"], rel=1e-4)
         assert cosine == pytest.approx(past[-1]["cosine"], rel=1e-4)
     last = [[cell.text for cell in row] for row in found.table.rows]
-    assert last[0][0] == "0" and last[0][2] == shown(values[-1][0][1][0])
+    assert last[0][0] == "block 0" and last[0][2] == shown(values[-1][0][1][0])
 
 
 def test_two_reports_of_trainings_side_by_side(trained: Path, tmp_path: Path) -> None:
@@ -96,6 +100,40 @@ def test_two_reports_of_trainings_side_by_side(trained: Path, tmp_path: Path) ->
     assert {(o.what, o.name) for o in found.only} == {("optimizer", "kbfgs"), ("optimizer", "muon")}
     assert [n.metric for n in found.changed] == ["test_loss"]
     assert (tmp_path / "d.html").read_text().count('<svg class="figure"') >= 5
+
+
+def test_what_was_watched_is_said_in_words(trained: Path) -> None:
+    runs = gather(trained)
+    table = monitor_table(runs)
+    first = {row[0].small: [cell.text for cell in row] for row in table.rows}
+    assert first["loss"][:2] == ["loss of the step, learning rate", "every step"]
+    assert "damping: yes" in first["error"][-1]
+    named = dict(settings(runs))
+    assert named["budget of the monitor"].startswith("none")
+    assert "too sharp (limit 2.0" in named["alarms looked out for"]
+    page = (trained / "report" / "report.html").read_text()
+    assert "Every(n=" not in page and "TooSharp(" not in page and " times</td>" not in page
+    for kind in REGISTRY.values():
+        if kind.__module__.startswith("curvscope."):
+            assert kind.about and kind.about == measured(kind.name)
+    assert measured("unheard of") == "unheard of"
+
+
+@pytest.mark.parametrize(
+    ("schedule", "words"),
+    [
+        (Every(1), "every step"),
+        (Every(1000), "every 1,000 steps"),
+        (PowersOfTwo(), "steps 1, 2, 4, 8, ..."),
+        (At([7]), "step 7"),
+        (At(range(1, 9)), "steps 1, 2, 3, 4, 5, 6, ... (8 steps)"),
+        (Share(0.02), "as often as 2 % of the time allow"),
+        (Schedule(), None),
+    ],
+    ids=["each", "thousandth", "powers", "one", "many", "share", "other"],
+)
+def test_schedules_in_words(schedule: Schedule, words: str | None) -> None:
+    assert scheduled(repr(schedule)) == (words or repr(schedule))
 
 
 @pytest.fixture(scope="module")

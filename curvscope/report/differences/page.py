@@ -12,7 +12,7 @@ from ..cells import WHOLE_TITLE, Cell, Column, Table, block_title, finite
 from ..error_tables import METRIC_COLUMNS
 from ..headings import heading
 from ..numbers import NOTHING, shown
-from ..skeleton import Choice, Link, render_page
+from ..skeleton import Choice, Link, day, render_page
 from .model import CHANGED, NOISE, ONLY_A, SAME, Difference, Number, Words
 from .pictures import Pair, pairs
 
@@ -260,6 +260,6 @@ def _facts(
         version = document["environment"].get("versions", {}).get("curvscope", "?")
         pairs += [
             (f"report {side}", f"{name} ({source})"),
-            (f"made ({side})", f"{document['created']}, curvscope {version}"),
+            (f"made ({side})", f"{day(str(document['created']))}, curvscope {version}"),
         ]
     return pairs

@@ -13,7 +13,8 @@ from .gather import Runs
 from .places import Places
 from .steps import step_table
 from .tables import alarm_table, grid_table, monitor_table, result_table
-from .words import facts, settings, summary, warnings
+from .watched import settings
+from .words import facts, summary, warnings
 
 _SECTIONS = {
     "summary": "Summary",

@@ -9,10 +9,11 @@ from typing import Any
 
 from ..cells import Cell, Column, Table, block_title, finite, number
 from ..document import write_records
-from ..numbers import percent, seconds, shown
+from ..numbers import NOTHING, percent, seconds, shown
 from .gather import Group, Member, Runs
 from .logged import logged_numbers
 from .places import Places
+from .watched import how, measured, when
 from .words import last, median, spread
 
 
@@ -30,10 +31,12 @@ def result_table(runs: Runs) -> Table:
     columns += [Column("test accuracy")] if right else []
     columns += [
         Column(f"seconds per {runs.axis}", "Of training, without the monitor and tests."),
-        Column("error", "Of the optimizer's curvature: median layer at the end."),
-        Column("cosine", "Of the optimizer's curvature: median layer at the end."),
-        Column("monitor", "Its time over that of training."),
-        Column("alarms", "Raised, per training."),
+        Column(
+            "curvature's error", "Relative, of what the optimizer uses: median layer at the end."
+        ),
+        Column("curvature's cosine", "With the exact matrix: median layer at the end."),
+        Column("monitoring / training", "The time of the monitor over that of training itself."),
+        Column("alarms raised", "Per training."),
     ]
     rows = [_result(runs, group, tested, right) for group in runs.groups.values()]
     title = "The training." if runs.alone else "Every optimizer at its best learning rate."
@@ -77,7 +80,7 @@ def _count(value: float) -> Cell:
 
 
 def _times(share: float) -> str:
-    return percent(share) if share < 1 else f"{shown(share, 2)} times"
+    return percent(share) if share < 1 else f"{shown(share, 2)} ×"
 
 
 def _mean(values: list[float]) -> float | None:
@@ -167,19 +170,23 @@ def monitor_table(runs: Runs) -> Table:
                     old[k] += float(row.get(key, 0) or 0)
                 old[3] += float(row.get("outside", 0) or 0)
     columns = (
-        Column("measure", numeric=False),
+        Column("what was measured", numeric=False),
+        Column("when", numeric=False),
         Column("taken"),
         Column("left out", "For lack of time within the budget."),
         Column("failed"),
         Column("seconds"),
         Column("seconds each"),
+        Column("options", numeric=False),
     )
     rows = [
         [
-            Cell(name),
+            Cell(measured(name), small="" if measured(name) == name else name),
+            Cell(when(runs, name) or NOTHING),
             *(number(int(v)) for v in (taken, thinned, failed)),
             number(used),
             number(used / taken if taken else math.nan),
+            Cell(how(runs, name) or NOTHING),
         ]
         for name, (taken, thinned, failed, used) in totals.items()
     ]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from ...analysis.result import listing
 from ..numbers import percent, seconds, shown, with_error
@@ -88,26 +87,6 @@ def facts(runs: Runs) -> list[tuple[str, str]]:
 def _count(parameter: str) -> int:
     shape = str(parameter).rpartition("[")[2].rstrip("]")
     return math.prod(int(n) for n in shape.split(",") if n.strip())
-
-
-def settings(runs: Runs) -> list[tuple[str, str]]:
-    """What gives the runs again."""
-    first = runs.members[0].run
-    pairs = [("command", str(runs.plan["command"]))] if runs.plan.get("command") else []
-    pairs += [(f"monitor: {k}", _word(v)) for k, v in first.settings.items() if k != "measures"]
-    for name, options in dict(first.settings.get("measures", {})).items():
-        pairs.append((f"measure {name}", _word(options)))
-    pairs += [(k, str(v)) for k, v in first.versions.items()]
-    return pairs
-
-
-def _word(value: Any) -> str:
-    """A setting as people write it: no quotes, no brackets."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_word(one)}" for name, one in value.items()) or "none"
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_word, value)) or "none"
-    return "none" if value is None else str(value)
 
 
 def spread(values: Sequence[float], digits: int = 3) -> str:
