@@ -16,6 +16,7 @@ class Table:
     empty in every row are left out. ``bars`` are columns of numbers of at least 0 that get a bar
     beside them. ``total`` is the number of rows there are, if more than are given, and ``where``
     says how to get all of them. ``title`` stands above; with ``folded`` the table is behind it.
+    ``names`` are what columns are called and ``docs`` what they mean, where the name is not enough.
     """
 
     rows: Sequence[Mapping[str, Any]]
@@ -26,6 +27,7 @@ class Table:
     total: int | None = None
     where: str = "to_frame()"
     names: Mapping[str, str] = field(default_factory=dict)
+    docs: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass

@@ -110,7 +110,7 @@ def _table(table: Table) -> str:
         for name in columns
     }
     head = "".join(
-        f'<th scope="col"{_class("cs-n" if numeric[name] else "")}>'
+        f'<th scope="col"{_class("cs-n" if numeric[name] else "")}{_title(table.docs.get(name))}>'
         f"{_text(table.names.get(name, name.replace('_', ' ')))}</th>"
         for name in columns
     )
@@ -161,6 +161,10 @@ def _largest(rows: Sequence[Mapping[str, Any]], name: str) -> float:
 
 def _class(name: str) -> str:
     return f' class="{name}"' if name else ""
+
+
+def _title(doc: str | None) -> str:
+    return f' title="{html.escape(doc, quote=True)}"' if doc else ""
 
 
 def _text(value: str) -> str:

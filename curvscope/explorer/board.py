@@ -8,6 +8,7 @@ from typing import Any
 import ipywidgets as widgets
 
 from ..analysis.comparison import place
+from ..report.headings import heading
 from . import views
 from .reading import Data
 
@@ -36,7 +37,7 @@ class Explorer:
             "reference": _choice("Against", data.references),
             "block": _choice("Block", data.blocks(reference), place),
             "approximation": _choice("Method", data.approximations(reference)),
-            "metric": _choice("Metric", data.metrics, _spaced),
+            "metric": _choice("Metric", data.metrics, lambda metric: heading(metric).title),
         }
         if data.steps:
             self.controls["step"] = widgets.SelectionSlider(
@@ -107,7 +108,3 @@ def _replace(control: Any, names: Sequence[str], shown: Any = str) -> None:
     before = control.value
     control.options = [(shown(name), name) for name in names]
     control.value = before if before in names else names[0]
-
-
-def _spaced(metric: str) -> str:
-    return metric.replace("_", " ")

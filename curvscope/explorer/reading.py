@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..analysis.comparison import WHOLE, Comparison
+from ..analysis.comparison import WHOLE, Comparison, place
 from ..analysis.metrics import METRICS
 from ..errors import NotDefinedError, OptionError, ReportError, RunError
 from ..report.read import read_report
@@ -21,7 +21,7 @@ Row = dict[str, Any]
 
 _MEASURES = ("best", "error", "fresh", "staleness")
 _PLACE = ("step", "seconds", "size", "damping", "age", "error_stderr", "row", "rows")
-_CONCENTRATION = ("size", "diagonal_share", "disjoint", "dominant", "kaiser", "snr", "score")
+_CONCENTRATION = ("score", "disjoint", "dominant", "kaiser", "snr")
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,9 @@ class Data:
 
     ``rows`` have ``reference``, ``block``, ``approximation``, metrics, and ``step`` if ``steps``
     is not empty. ``spectra(step, block)`` gives eigenvalues by name and ``concentrations(step,
-    block)`` rows. ``curves`` are pairs ``(steps, values)`` by name, ``notes`` sentences.
+    block)`` rows, about what ``beside`` says. ``curves`` are pairs ``(steps, values)`` by name,
+    ``notes`` sentences; ``missing`` says by ``"eigenvalues"`` and ``"concentration"`` why there may
+    be none, and what to do.
     """
 
     title: str
@@ -40,6 +42,20 @@ class Data:
     steps: tuple[int, ...] = ()
     curves: Mapping[str, tuple[list[int], list[float]]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    beside: str = "Concentration of"
+    missing: Mapping[str, str] = field(default_factory=dict)
+
+    def without(self, what: str, choice: Mapping[str, Any]) -> str:
+        """Why nothing is shown of the chosen block, and what to do."""
+        block, name = choice["block"], choice["reference"]
+        verb = "are" if what.endswith("s") else "is"
+        of = name or "exact matrix"
+        where = f"the whole {of}" if block == WHOLE else f"{place(block)} of the {of}"
+        known = name.lower() in ("ggn", "hessian")
+        code = f"cs.{name.lower()}(problem)" if known else "operator"
+        code += "" if block == WHOLE else f".blocks[{block!r}]"
+        reason = self.missing.get(what, "").replace("OPERATOR", code)
+        return f"There {verb} no {what} of {where} to show. {reason}".strip()
 
     @cached_property
     def references(self) -> list[str]:
@@ -118,15 +134,18 @@ def read(source: Any) -> Data:
 def _of_comparison(found: Comparison) -> Data:
     rows = [_row(found.reference, record) for record in found.records()]
     best = {ref.block: {f"nearest {k}": v for k, v in ref.best.items()} for ref in found.references}
-    notes = ["A comparison keeps no spectra: cs.spectrum(op.blocks[...]) has them."]
     return Data(
         title=f"Comparison with the {found.reference}",
         rows=rows,
         spectra=lambda step, block: {},
-        concentrations=lambda step, block: (
-            [{"error of the best in each class": "", **best[block]}] if best.get(block) else []
-        ),
-        notes=(*notes, *found.warnings),
+        concentrations=lambda step, block: [best[block]] if best.get(block) else [],
+        notes=tuple(found.warnings),
+        beside="Error of the nearest matrix of each class, on",
+        missing={
+            "eigenvalues": "A comparison keeps none: cs.spectrum(OPERATOR).plot() computes and "
+            "draws them; cs.explore of a report shows them beside the errors.",
+            "concentration": "A comparison keeps none: cs.concentration(OPERATOR) computes it.",
+        },
     )
 
 
@@ -153,8 +172,13 @@ def _of_report(document: Mapping[str, Any]) -> Data:
         found = document["concentration"].get(block) or {}
         parts = {"": found.get("block"), **(found.get("factors") or {})}
         return [
-            {"factor": name or "(the block)", **{k: part.get(k) for k in _CONCENTRATION}}
-            | {"null_share": part["null"]["diagonal_share"]}
+            {
+                "factor": name or "(the block)",
+                "size": part.get("size"),
+                "diagonal_share": part.get("diagonal_share"),
+                "null_share": part["null"]["diagonal_share"],
+                **{key: part.get(key) for key in _CONCENTRATION},
+            }
             for name, part in parts.items()
             if part
         ]
@@ -166,6 +190,13 @@ def _of_report(document: Mapping[str, Any]) -> Data:
         spectra=spectra,
         concentrations=concentrations,
         notes=tuple(str(line) for line in document["warnings"]),
+        missing={
+            "eigenvalues": "A report has those of single blocks, where they are small or have a "
+            "structure that gives them: choose another block, or compute the largest ones by "
+            "cs.eigsh(OPERATOR, 10), the density of all by cs.density(OPERATOR).",
+            "concentration": "A report has that of single blocks: choose one, or compute it "
+            "by cs.concentration(OPERATOR).",
+        },
     )
 
 
@@ -216,8 +247,9 @@ def _of_run(run: Run) -> Data:
             return []
         nearest = _nearest([int(r["step"]) for r in measured], step)
         hidden = ("measure", "seconds", "row", "rows", "block")
+        named = {"share": "diagonal_share"}
         return [
-            {name: value for name, value in r.items() if name not in hidden}
+            {named.get(name, name): value for name, value in r.items() if name not in hidden}
             for r in measured
             if int(r["step"]) == nearest
         ]
@@ -230,6 +262,12 @@ def _of_run(run: Run) -> Data:
         steps=steps,
         curves=curves,
         notes=tuple(notes),
+        missing={
+            "eigenvalues": "The monitor did not measure them: "
+            "cs.Monitor(..., measures=['default', 'spectrum']) takes the largest, over all layers.",
+            "concentration": "The monitor did not measure it, or not on this block: "
+            "cs.Monitor(..., measures=['default', 'concentration']).",
+        },
     )
 
 

@@ -6,11 +6,13 @@ import html
 import io
 import math
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 from ..analysis.comparison import place
 from ..display import Card, Table, render
 from ..plotting.style import DASHES, INK, MUTED, PALETTE, log_axis, short, styled
+from ..report.headings import heading
 from ..report.svg import for_page
 from .reading import Data, Row
 
@@ -28,6 +30,7 @@ def errors(data: Data, choice: dict[str, Any]) -> str:
 @styled
 def _over_steps(data: Data, choice: dict[str, Any]) -> str:
     metric, name, block = choice["metric"], choice["approximation"], choice["block"]
+    title = heading(metric).title
     figure = _new_figure(6.0, 3.0)
     ax = figure.add_subplot()
     others = [n for n in data.approximations(choice["reference"]) if n != name]
@@ -46,22 +49,23 @@ def _over_steps(data: Data, choice: dict[str, Any]) -> str:
             label=short(each),
         )
     if not drawn:
-        return _nothing(f"{metric} was not measured on {place(block)}.")
+        return _nothing(f"The {title} was not measured on {place(block)}.")
     _logarithmic_if_wide(ax)
     ax.axvline(choice["step"], color=MUTED, linewidth=0.8)
     ax.set_xlabel("step")
-    ax.set_ylabel(metric.replace("_", " "))
+    ax.set_ylabel(title)
     ax.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return _figure(figure, f"{metric} on {place(block)} over the steps, {name} in bold")
+    return _figure(figure, f"{title} on {place(block)} over the steps, {name} in bold")
 
 
 @styled
 def _over_blocks(data: Data, choice: dict[str, Any]) -> str:
     metric, name = choice["metric"], choice["approximation"]
+    title = heading(metric).title
     rows = data.chosen(choice["reference"], approximation=name)
     rows = [r for r in rows if _finite(r.get(metric))][:40]
     if not rows:
-        return _nothing(f"{name} has no {metric.replace('_', ' ')}.")
+        return _nothing(f"There is no {title} of {name}: it is not defined, or was not computed.")
     figure = _new_figure(6.0, 1.0 + 0.26 * len(rows))
     ax = figure.add_subplot()
     places = list(range(len(rows)))
@@ -75,9 +79,9 @@ def _over_blocks(data: Data, choice: dict[str, Any]) -> str:
             ax.plot([value, value], [height - 0.4, height + 0.4], color=INK, linewidth=1.6)
     ax.set_yticks(places, [short(place(r["block"]).removeprefix("the ")) for r in rows])
     ax.invert_yaxis()
-    ax.set_xlabel(f"{metric.replace('_', ' ')} of {short(name)}")
+    ax.set_xlabel(f"{title} of {short(name)}")
     about = ", upright lines the best of its class" if metric == "error" else ""
-    return _figure(figure, f"{metric} of {name} by block{about}")
+    return _figure(figure, f"{title} of {name} by block{about}")
 
 
 @styled
@@ -103,7 +107,7 @@ def spectra(data: Data, choice: dict[str, Any]) -> str:
     wanted = (choice["reference"], choice["approximation"])
     shown = {name: found[name] for name in wanted if name in found} or dict(found)
     if not shown:
-        return _nothing(f"There are no eigenvalues of {place(choice['block'])}.")
+        return _nothing(data.without("eigenvalues", choice))
     figure = _new_figure(6.0, 3.0)
     ax = figure.add_subplot()
     for rank, (name, values) in enumerate(list(shown.items())[:_MOST_LINES]):
@@ -124,7 +128,12 @@ def spectra(data: Data, choice: dict[str, Any]) -> str:
     ax.set_xlabel("rank")
     ax.set_ylabel("magnitude of eigenvalue")
     ax.legend(frameon=False, fontsize=8)
-    return _figure(figure, f"eigenvalues: {', '.join(shown)}")
+    caption = f"eigenvalues of {place(choice['block'])}: {', '.join(shown)}"
+    if data.steps:  # of a run, whose monitor takes those of the whole matrix alone
+        caption = f"eigenvalues: {', '.join(shown)}"
+    elif choice["approximation"] not in found:
+        caption += f"; there are none of {choice['approximation']}"
+    return _figure(figure, caption)
 
 
 def table(data: Data, choice: dict[str, Any]) -> str:
@@ -143,7 +152,7 @@ def table(data: Data, choice: dict[str, Any]) -> str:
         kind=f"against the {choice['reference']}" if choice["reference"] else "",
         facts={"parameters": rows[0].get("size")} if rows else {},
         text=[] if rows else ["Nothing was compared here."],
-        tables=[Table(full, columns=present, bars=("error",))] if full else [],
+        tables=[_headed(full, present, bars=("error",))] if full else [],
     )
     return render(card)
 
@@ -152,8 +161,21 @@ def factors(data: Data, choice: dict[str, Any]) -> str:
     """How the block and its factors are concentrated, or what else is known of the block."""
     rows = data.concentrations(choice["step"], choice["block"])
     if not rows:
-        return _nothing(f"There is nothing on the concentration of {place(choice['block'])}.")
-    return render(Card(title=f"Concentration of {place(choice['block'])}", tables=[Table(rows)]))
+        return _nothing(data.without("concentration", choice))
+    title = f"{data.beside} {place(choice['block'])}"
+    return render(Card(title=title, tables=[_headed(rows, list(rows[0]))]))
+
+
+def _headed(rows: Sequence[Row], columns: Sequence[str], **options: Any) -> Table:
+    """A table whose columns are called as in reports."""
+    heads = {name: heading(name) for name in columns}
+    return Table(
+        rows,
+        columns=columns,
+        names={name: head.title for name, head in heads.items()},
+        docs={name: head.doc for name, head in heads.items()},
+        **options,
+    )
 
 
 def notes(data: Data) -> str:

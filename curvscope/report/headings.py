@@ -29,6 +29,7 @@ _TITLES: dict[str, str | tuple[str, str]] = {
         "error / best",
         "How many times the error is that of the nearest matrix of the class.",
     ),
+    "outside": ("outside the blocks", "Share of the exact matrix's energy outside its blocks."),
     "error_rescaled": "error, best scale",
     "cosine": "cosine",
     "trace_ratio": "trace ratio",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import sys
@@ -17,6 +18,7 @@ import curvscope as cs
 from curvscope.analysis.result import plain
 from curvscope.explorer.reading import read
 from curvscope.report import ReportPaths
+from curvscope.report.headings import heading
 
 from ..display.test_render import well_formed
 from ..plotting import pictures
@@ -154,14 +156,42 @@ def test_a_report_has_references_and_no_steps() -> None:
     first = values(board)
     assert "small &lt;net&gt;" in first["table"] and "<svg" in first["spectra"]
     assert "error of K-FAC by block, upright lines the best of its class" in first["errors"]
-    assert "eigenvalues: GGN, K-FAC" in first["spectra"] and first["training"] == ""
+    assert "eigenvalues of first: GGN, K-FAC" in first["spectra"] and first["training"] == ""
     assert "the block" in first["factors"] and ">G<" in first["factors"]
     board.controls["approximation"].value = "diagonal"
-    assert "eigenvalues: GGN, diagonal" in values(board)["spectra"]
+    assert "eigenvalues of first: GGN, diagonal" in values(board)["spectra"]
     board.controls["block"].value = "second"
     second = values(board)
-    assert "There are no eigenvalues of second." in second["spectra"]
+    assert "There are no eigenvalues of second of the GGN to show." in second["spectra"]
+    assert "cs.eigsh(cs.ggn(problem).blocks[&#x27;second&#x27;], 10)" in second["spectra"]
+    assert "cs.concentration(cs.ggn(problem).blocks" in second["factors"]
     assert "not here" in second["table"] and "uncovered" in second["table"]
+
+
+def test_headings_are_those_of_reports(run: Path) -> None:
+    board = cs.explore(document())
+    metrics = {v: shown for shown, v in board.controls["metric"].options}
+    assert {name: heading(name).title for name in metrics} == metrics
+    board.controls["metric"].value = "best_in_class"
+    shown = values(board)
+    assert "best of class of K-FAC" in shown["errors"]
+    assert ">best of class</th>" in shown["table"]
+    for key in ("diagonal_share", "null_share", "disjoint", "dominant", "kaiser", "snr"):
+        doc = html.escape(heading(key).doc, quote=True)
+        assert f'title="{doc}">{heading(key).title}</th>' in shown["factors"], key
+    assert ">diagonal share</th>" in values(cs.explore(cs.Run(run)))["factors"]
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        (lambda: pictures.comparison(), "cs.spectrum(cs.ggn(problem).blocks["),
+        (lambda: cs.compare(torch.eye(2), {"one": torch.eye(2)}), "cs.spectrum(operator).plot()"),
+    ],
+    ids=["blocks", "whole"],
+)
+def test_what_is_not_there_comes_with_what_to_do(source: Any, says: str) -> None:
+    assert says in values(cs.explore(source()))["spectra"]
 
 
 def test_another_reference_brings_its_own_methods() -> None:
