@@ -168,14 +168,11 @@ class AdaFisher(CurvatureOptimizer):
             if self._tap is not None:
                 self._tap.active = True
 
-    def _bind(self) -> None:
-        before = dict(self.blocks) if self._bound else {}
-        super()._bind()
-        for block in [b for b in self._fired if self.blocks.get(b) != before.get(b)]:
-            self._fired.discard(block)  # its factors are of another shape now
-            for name in self.blocks.get(block, ()):
-                for key in _FACTORS:
-                    self.state[self.params[name]].pop(key, None)
+    def _forget_factors(self, block: str) -> None:
+        self._fired.discard(block)
+        for name in self.blocks[block]:
+            for key in _FACTORS:
+                self.state[self.params[name]].pop(key, None)
 
     # -- statistics ------------------------------------------------------------------------------
 

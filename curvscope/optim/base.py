@@ -87,6 +87,7 @@ class CurvatureOptimizer(Inspection, torch.optim.Optimizer):
             )
         self.device, self.dtype = checks.one_kind(self.params, self.method)
         self.layout = Layout.of(self.params.items())
+        before = self.blocks if self._bound else {}
         self.blocks = make_blocks(list(self.params), "layer")
         self.layers, self._reasons = find_layers(
             self.model, self.blocks, self.params, self.layer_types
@@ -95,9 +96,15 @@ class CurvatureOptimizer(Inspection, torch.optim.Optimizer):
         # positions, not the groups themselves, which loading a state replaces
         self._positions = {id(p): k for k, g in enumerate(self.param_groups) for p in g["params"]}
         self._bound = True
+        for block in before:
+            if self.blocks.get(block) != before[block]:  # its factors are of another shape now
+                self._forget_factors(block)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters of the model, for example those of layers that are no longer frozen."""
+        """Add parameters of the model, for example those of layers that are no longer frozen.
+
+        A layer that gets a bias in this way has factors of another shape, which begin anew.
+        """
         super().add_param_group(param_group)
         group, params = self.param_groups[-1], getattr(self, "params", None)
         try:
@@ -124,6 +131,9 @@ class CurvatureOptimizer(Inspection, torch.optim.Optimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Check the subclass's own options of a parameter group."""
+
+    def _forget_factors(self, block: str) -> None:
+        """Parameters have joined a block: drop what belongs to its former shape."""
 
     def _tap_layers(
         self,
@@ -159,6 +169,13 @@ class CurvatureOptimizer(Inspection, torch.optim.Optimizer):
 
     def _first(self, block: str) -> nn.Parameter:
         return self.params[self.blocks[block][0]]
+
+    def _drop_block_state(self, block: str) -> None:
+        """Let the method begin anew with a block; the fallback rule's state stays."""
+        state = self.block_state(block)
+        for key in [k for k in state if not k.startswith("fallback_")]:
+            del state[key]
+        self._fired.discard(block)
 
     def block_state(self, block: str) -> dict[str, Any]:
         """What is kept for a block: it lives in ``state`` under the block's first parameter."""

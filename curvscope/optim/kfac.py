@@ -147,6 +147,10 @@ class KFAC(CurvatureOptimizer):
         super().__init__(model, params, defaults, fallback=fallback, process_group=process_group)
         self._open()
 
+    def _forget_factors(self, block: str) -> None:
+        self._drop_block_state(block)
+        self._last.pop(block, None)
+
     def _check_group(self, group: dict[str, Any]) -> None:
         checks.non_negative("damping", group["damping"], positive=True)
         checks.non_negative("momentum", group["momentum"], below=1)

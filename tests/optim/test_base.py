@@ -251,6 +251,27 @@ def test_layers_that_thaw_are_added() -> None:
 
 
 @every_method
+def test_a_bias_that_thaws_begins_its_layer_anew(make: Any) -> None:
+    """From then on the layer moves as with an optimizer that begins there."""
+    model = small()
+    model[0].bias.requires_grad_(False)
+    optimizer = make(model, 0.1, 0.3)
+    run(optimizer, model, 2)
+    model[0].bias.requires_grad_(True)
+    optimizer.add_param_group({"params": [model[0].bias]})
+    twin = copy.deepcopy(model)
+    fresh = make(twin, 0.1, 0.3)
+    if isinstance(fresh, KFAC):  # the same labels
+        fresh._load_extra_state(optimizer._extra_state())
+    for net, chosen in ((model, optimizer), (twin, fresh)):
+        run(chosen, net, 1)
+    for name in ("0.weight", "0.bias"):
+        assert torch.equal(model.get_parameter(name), twin.get_parameter(name))
+    assert optimizer.curvature().blocks["0"].shape == fresh.curvature().blocks["0"].shape
+    run(optimizer, model, 2)
+
+
+@every_method
 def test_bf16_autocast_keeps_factors_in_float32(make: Any) -> None:
     model = small(dtype=torch.float32)
     optimizer = make(model, 0.1, 0.3)
