@@ -234,7 +234,11 @@ class MFAC(EveryParameter):
                 f"The saved state holds up to {window['V'].shape[0]} gradients, this {self.method} "
                 f"memory={self.memory}: build it with the memory that it was saved with."
             )
-        self._window = {k: v.detach().to(self.device, copy=True) for k, v in window.items()}
+        kinds = dict.fromkeys(("V", "rest"), self.factor_dtype)
+        self._window = {
+            k: v.detach().to(self.device, kinds.get(k, v.dtype), copy=True)
+            for k, v in window.items()
+        }
 
     def curvature(self, *, damped: bool = True) -> Operator:  # type: ignore[override]
         """``F`` over all parameters; ``damped=False``: ``(1/m) sum_i g_i g_i^T``, of low rank."""

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .base import CurvatureOptimizer
 
 KEY = "curvscope"
+_DOUBLE = ("SY", "YY")  # in float64 whatever the parameters are
 _TRANSIENT = ("_tap", "_process_group", "step", "layers", "_facts", "_reasons", "_positions")
 
 
@@ -29,6 +30,7 @@ def pack(optimizer: CurvatureOptimizer, state_dict: dict[str, Any]) -> dict[str,
         KEY: {
             "method": optimizer.method,
             "parameters": _parameters(optimizer),
+            "dtype": str(optimizer.factor_dtype),
             "steps": optimizer.steps,
             "fired": sorted(optimizer._fired),
             "memory": getattr(optimizer, "memory", None),
@@ -80,24 +82,32 @@ def check(optimizer: CurvatureOptimizer, state_dict: Mapping[str, Any]) -> None:
 
 
 def unpack(optimizer: CurvatureOptimizer, state_dict: Mapping[str, Any]) -> None:
-    """Restore what torch's own loading casts to the parameters' dtype, and the rest."""
+    """Restore what torch's own loading casts to the parameters' dtype, and the rest.
+
+    A state that was saved in another precision is cast to that of this optimizer's factors.
+    """
+    meta = state_dict[KEY]
+    here = optimizer.factor_dtype
+    cast = here if meta.get("dtype", str(here)) != str(here) else None
     parameters = [p for g in optimizer.param_groups for p in g["params"]]
     for index, entry in state_dict["state"].items():
         p = parameters[index]
-        optimizer.state[p] = {k: _copy(v, p.device) for k, v in entry.items()}
-    meta = state_dict[KEY]
+        optimizer.state[p] = {
+            k: _copy(v, p.device, None if k in _DOUBLE else cast) for k, v in entry.items()
+        }
     optimizer.steps = int(meta["steps"])
     optimizer._fired = set(meta["fired"])
     optimizer._load_extra_state(meta)
 
 
-def _copy(value: Any, device: torch.device) -> Any:
+def _copy(value: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
     if isinstance(value, Tensor):
-        return value.detach().to(device, copy=True)
+        dtype = dtype if value.is_floating_point() else None
+        return value.detach().to(device, dtype or value.dtype, copy=True)
     if isinstance(value, dict):
-        return {k: _copy(v, device) for k, v in value.items()}
+        return {k: _copy(v, device, dtype) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_copy(v, device) for v in value)
+        return type(value)(_copy(v, device, dtype) for v in value)
     return value
 
 

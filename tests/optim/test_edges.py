@@ -62,6 +62,27 @@ def test_a_refused_group_leaves_the_optimizer_as_it_is(method: Method) -> None:
     assert not torch.equal(flat(model)[-21:], start[-21:])
 
 
+@each_method
+@pytest.mark.parametrize("other", [torch.float32, torch.float64], ids=["single", "double"])
+def test_states_of_another_precision_are_cast(method: Method, other: torch.dtype) -> None:
+    """A training goes on in another precision: nearly as before, with all state in the new one."""
+    here = torch.float64 if other == torch.float32 else torch.float32
+    saved, model = mlp().to(other), mlp().to(here)
+    first, optimizer = method.build(saved), method.build(model)
+    method.run(first, saved, ROWS, 3)
+    optimizer.load_state_dict(first.state_dict())
+    model.load_state_dict(saved.state_dict())
+    for chosen, net, dtype in ((first, saved, other), (optimizer, model, here)):
+        chosen.step(method.closure(chosen, net, X.to(dtype), Y))
+    torch.testing.assert_close(flat(model).double(), flat(saved).double(), rtol=0, atol=1e-3)
+    always = ("SY", "YY", "gram", "coefficients")
+    states = [*optimizer.state.values(), getattr(optimizer, "_window", {})]
+    found = {
+        v.dtype for s in states for k, v in s.items() if torch.is_tensor(v) and k not in always
+    }
+    assert {d for d in found if d.is_floating_point} == {here}
+
+
 @pytest.mark.parametrize("name", ["K-BFGS(L)", "M-FAC"])
 def test_states_of_another_memory_are_refused_before_anything_changes(name: str) -> None:
     method = next(m for m in METHODS if m.name == name)
