@@ -10,6 +10,7 @@ import torch
 
 from ..analysis.estimators import Density, DiagonalEstimate, Eigenpairs, Estimate
 from ..analysis.estimators.common import quantile
+from ..errors import counted
 from .style import INK, MUTED, NEGATIVE, PALETTE, axes_for, log_axis, styled, whole_numbers
 
 if TYPE_CHECKING:
@@ -119,8 +120,13 @@ def plot_density(
         low, high = np.maximum(low, floor), np.maximum(high, floor)
         values = np.maximum(values, floor)
     if density.probes > 1:
-        ax.fill_between(grid, low, high, color=PALETTE[0], alpha=0.25, lw=0)
-    ax.plot(grid, values, color=PALETTE[0] if density.probes else INK)
+        band = f"{100 * density.confidence:g} % band"
+        ax.fill_between(grid, low, high, color=PALETTE[0], alpha=0.25, lw=0, label=band)
+    drawn = ax.plot(grid, values, color=PALETTE[0] if density.probes else INK)
+    estimated = f"estimate, {counted(density.probes, 'probe')}"
+    drawn[0].set_label(estimated if density.probes else "exact")
+    if density.probes > 1:
+        ax.legend(loc="best")
     ax.axvline(0, color=MUTED, lw=0.7)
     ax.set_xlim(grid[0], grid[-1])
     ax.set_xlabel("eigenvalue")

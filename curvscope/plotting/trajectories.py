@@ -13,9 +13,14 @@ from .surfaces import Ellipses, draw_ellipses, draw_surface, label_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.text import Text
 
     from ..training.surfaces import LossSurface
     from ..training.trajectory import Trajectories
+
+_SIZE = 7  # points, of the steps beside a path
+_SIDES = (("left", 4, 4), ("right", -4, 4), ("left", 4, -10), ("right", -4, -10))
+_CLEAR = 13  # points between a path and the middle of a number below it
 
 
 @styled
@@ -33,8 +38,8 @@ def plot_trajectories(
 
     ``surface`` draws the objective evaluated on the same plane below them, ``ellipses`` (a mapping
     from a name to one or several :class:`~curvscope.training.Ellipse`) the curvature at chosen
-    points, all at one ``level`` as :func:`plot_ellipses` does. ``marks`` steps per path are written
-    beside it. Paths lie above or below the plane in general: the legend says how much of the
+    points, all at one ``level`` as :func:`plot_ellipses` does. Up to ``marks`` steps per path are
+    written beside it where there is room. Paths lie above or below the plane in general: the legend says how much of the
     movement is along it. Raises ``NotDefinedError`` for a surface on another plane.
     """
     ax = axes_for(ax, width=7.2, height=4.2)
@@ -45,6 +50,9 @@ def plot_trajectories(
                 "the other, trajectories(runs, plane=surface.plane)."
             )
         draw_surface(ax, surface)
+    heights = list(ax.texts)  # of the level lines
+    notes: list[tuple[float, float, str, str, bool]] = []
+    closed: list[tuple[float, float]] = []
     # orange first: on the surface's blue
     tint = {n: PALETTE[(k + 1) % len(PALETTE)] for k, n in enumerate(trajectories.names)}
     for k, path in enumerate(trajectories.paths.values()):
@@ -71,27 +79,24 @@ def plot_trajectories(
         ends = path.steps[known[0]], path.steps[known[-1]]
         mark(line[0], f"{path.name}, steps {ends[0]:,} to {ends[1]:,}", series=path.name)
         for place, marker in ((known[0], "o"), (known[-1], "s")):
+            closed.append((x[place], y[place]))
             end = ax.plot(
                 x[place], y[place], marker, color=colour, mec="white", mew=0.8, ms=6.5, zorder=3.5
             )
             mark(end[0], f"{path.name} at step {path.steps[place]:,}", series=path.name)
         for place in _spread(known, marks):
-            note = ax.annotate(
-                f"{path.steps[place]:,}",
-                (x[place], y[place]),
-                xytext=(4, 4),
-                textcoords="offset points",
-                fontsize=7,
-                color=INK,
-                zorder=5,
-            )
-            mark(note, series=path.name)
+            last = place == known[-1]
+            notes.append((x[place], y[place], f"{path.steps[place]:,}", path.name, last))
     if ellipses:
         draw_ellipses(ax, ellipses, level, tint)
     label_axes(ax, trajectories.plane)
     ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
     if title is not None:
         ax.set_title(title)
+    if notes or heights:
+        ax.figure.canvas.figure.draw_without_rendering()  # the layout says how much room there is
+    _write_steps(ax, notes, closed)
+    _uncover(ax, heights, [path.points.numpy() for path in trajectories.paths.values()])
     return ax
 
 
@@ -138,6 +143,60 @@ def _spread(known: np.ndarray, count: int) -> list[int]:
         return []
     chosen = np.linspace(0, len(known) - 1, count + 1)[1:].round().astype(int)
     return sorted({int(known[k]) for k in chosen})
+
+
+def _write_steps(
+    ax: Axes,
+    notes: list[tuple[float, float, str, str, bool]],
+    ends: list[tuple[float, float]],
+) -> None:
+    """Numbers beside the paths, those of the ends first; one without room is left out."""
+    scale = ax.figure.dpi / 72
+    taken: list[tuple[float, float, float, float]] = []  # in points; the marks of ends first
+    for place in ends:
+        px, py = ax.transData.transform(place) / scale
+        taken.append((px - 4, py - 4, px + 4, py + 4))
+    sides: dict[int, tuple[str, int, int]] = {}
+    for k, (x, y, text, _, _) in sorted(enumerate(notes), key=lambda pair: not pair[1][-1]):
+        px, py = ax.transData.transform((x, y)) / scale
+        wide, high = 0.62 * _SIZE * len(text) + 4, _SIZE + 3
+        for side, dx, dy in _SIDES:
+            left = px + dx - (wide if side == "right" else 0)
+            box = (left, py + dy, left + wide, py + dy + high)
+            if not any(_overlap(box, other) for other in taken):
+                taken.append(box)
+                sides[k] = (side, dx, dy)
+                break
+    for k, (side, dx, dy) in sorted(sides.items()):
+        x, y, text, series, _ = notes[k]
+        note = ax.annotate(
+            text,
+            (x, y),
+            xytext=(dx, dy),
+            textcoords="offset points",
+            ha=side,
+            fontsize=_SIZE,
+            color=INK,
+            zorder=5,
+        )
+        mark(note, series=series)
+
+
+def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def _uncover(ax: Axes, texts: list[Text], paths: list[np.ndarray]) -> None:
+    """Take away the numbers of level lines that a path runs over."""
+    for text in texts:
+        centre = ax.transData.transform(text.get_position())
+        for points in paths:
+            known = ax.transData.transform(points[np.isfinite(points).all(1)])
+            starts, ends = known[:-1], known[1:]
+            along = np.linspace(0, 1, 20)[:, None, None]
+            gaps = np.linalg.norm(starts + along * (ends - starts) - centre, axis=-1)
+            if gaps.size and gaps.min() < _CLEAR * ax.figure.dpi / 72:
+                text.set_visible(False)
 
 
 def _same(surface: LossSurface, trajectories: Trajectories) -> bool:

@@ -33,6 +33,22 @@ def test_paths_are_drawn_where_they_were_projected_and_say_how_much_they_show() 
     assert written == ["60", "110", "60", "110", "40", "90"]  # the last run ends in NaN
 
 
+def test_steps_beside_a_path_do_not_lie_over_each_other() -> None:
+    """Where a training comes to rest, its last steps are at one place."""
+    steps = [(k, torch.tensor([1 - 0.3**k, 0.5**k, 0.0])) for k in range(0, 120, 10)]
+    found = tr.trajectories({"one": steps, "two": steps[:-2]}, plane=plane())
+    ax = found.plot(surface=surface(), marks=8)
+    ax.figure.canvas.draw()
+    heights = [t for t in ax.texts if "·" in t.get_text() or "." in t.get_text()]
+    written = [t for t in ax.texts if t not in heights]
+    assert {"110", "90"} <= {t.get_text() for t in written}  # the ends always
+    boxes = [t.get_window_extent() for t in written]
+    assert not any(a.overlaps(b) for k, a in enumerate(boxes) for b in boxes[:k])
+    marks = ax.transData.transform(found.paths["one"].points.numpy())
+    seen = [t.get_window_extent() for t in heights if t.get_visible()]
+    assert seen and not any(box.contains(*point) for box in seen for point in marks)
+
+
 def test_explained_variance_stands_on_the_axes() -> None:
     steps = [(k, torch.tensor([3.0 * k, (-1.0) ** k, 0.0])) for k in range(6)]
     ax = tr.trajectories(steps).plot()
