@@ -39,8 +39,9 @@ def plot_trajectories(
     ``surface`` draws the objective evaluated on the same plane below them, ``ellipses`` (a mapping
     from a name to one or several :class:`~curvscope.training.Ellipse`) the curvature at chosen
     points, all at one ``level`` as :func:`plot_ellipses` does. Up to ``marks`` steps per path are
-    written beside it where there is room. Paths lie above or below the plane in general: the legend says how much of the
-    movement is along it. Raises ``NotDefinedError`` for a surface on another plane.
+    written beside it where there is room. Paths lie above or below the plane in general: the legend
+    says how much of the movement is along it. Raises ``NotDefinedError`` for a surface on another
+    plane.
     """
     ax = axes_for(ax, width=7.2, height=4.2)
     if surface is not None:

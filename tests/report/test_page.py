@@ -280,6 +280,14 @@ def test_paper(tab: Tab) -> None:
         "}).map(text => text.data)"
     )
     assert broken == []  # a number stands in one line
+    lines = tab.evaluate(
+        "[...document.querySelectorAll('.wide thead .num .title')].map(title => {"
+        "const range = document.createRange(); range.selectNodeContents(title);"
+        "return new Set([...range.getClientRects()].map(box => Math.round(box.left))).size; })"
+    )
+    assert len(lines) > 10 and set(lines) == {1}  # so does an upright heading
+    head = "document.querySelector('thead th button')"
+    assert tab.evaluate(f"getComputedStyle({head}).display") == "contents"  # printed on each page
     gone = "['.side', '.bar', '.tools', '.figure-tools'].every(s => document.querySelector(s)"
     assert tab.evaluate(f"{gone}.offsetParent === null)")
     pdf = tab.pdf()
