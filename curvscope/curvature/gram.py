@@ -13,6 +13,7 @@ from ..problem import Problem, Snapshot
 from ..problem.cotangents import root_cotangents, sampled_cotangents, scaled_terms
 from ..progress import track
 from .accumulate import GramAccumulator
+from .cuts import Cuts
 from .plan import BlockPlan, broken, plan_blocks
 from .products import EMPIRICAL, FISHER, Kind
 from .recording import Recording, record
@@ -133,8 +134,12 @@ def row_blocks(
             if not first:
                 _still_valid(problem, recording, plans, "rows")
             first = False
+            total = problem.batch_total(recording.outputs, targets)
+            layers = [recording.calls[plan.calls[0]].outputs for plan in plans]
+            cuts = Cuts(total, recording, layers)
             for accumulator in accumulators.values():
-                accumulator.add(problem, recording, targets)
+                accumulator.add(problem, recording, cuts)
+            del cuts, total, layers, recording  # before the next graph is made
     scale = problem.scale
     passes = sum(2.0 * plan.positions * plan.outputs for plan in plans)
     return {name: acc.result(scale) for name, acc in accumulators.items()}, passes

@@ -13,7 +13,7 @@ into samples that do not influence each other.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -167,6 +167,18 @@ def _masks(samples: int) -> list[Tensor]:
     return [part for part in member[code].mT if bool(part.any())]
 
 
+def masked_cotangents(recording: Recording) -> Iterator[tuple[Tensor, Tensor]]:
+    """Random cotangents of the outputs of some samples, and which samples are not among them."""
+    n, outputs = recording.samples, recording.outputs
+    generator = torch.Generator().manual_seed(0)
+    fold = outputs.shape[0] // n
+    for mask in _masks(n) if n > 1 else ():  # a single sample owns every position
+        kept = mask.repeat_interleave(fold).to(outputs.device)
+        noise = torch.randn(outputs.shape, generator=generator, dtype=torch.float64)
+        cotangent = noise.to(outputs) * kept.reshape(-1, *[1] * (outputs.ndim - 1))
+        yield (~mask).to(outputs.device), cotangent
+
+
 def _find_samples(recording: Recording) -> None:
     """Decide, call by call, along which axis the samples lie, by what influences what.
 
@@ -179,14 +191,8 @@ def _find_samples(recording: Recording) -> None:
         recording.axes = [None] * len(recording.calls)
         return
     candidates = [call.candidates(n) for call in recording.calls]
-    generator = torch.Generator().manual_seed(0)
-    fold = outputs.shape[0] // n
-    for mask in _masks(n) if n > 1 else ():  # a single sample owns every position
-        kept = mask.repeat_interleave(fold).to(outputs.device)
-        noise = torch.randn(outputs.shape, generator=generator, dtype=torch.float64)
-        cotangent = noise.to(outputs) * kept.reshape(-1, *[1] * (outputs.ndim - 1))
+    for outside, cotangent in masked_cotangents(recording):
         gradients = recording.gradients(cotangent)
-        outside = (~mask).to(outputs.device)
         for k, gradient in enumerate(gradients):
             if gradient is None:
                 continue

@@ -8,19 +8,17 @@ Harmeling and Hennig 2020, section 3).
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from .. import memory
 from ..operators import DenseOperator, Operator, RowHessianOperator
 from ..problem import Problem
-from ..problem.cotangents import require_differentiable
 from ..progress import track
 from .accumulate import accumulation_dtype, input_rows
+from .cuts import Cuts, units
 from .plan import BlockPlan
-from .products import VectorJacobian, symmetrised, twice_differentiable
+from .products import symmetrised
 from .recording import Recording
 
 _CHUNK = 8
@@ -40,7 +38,7 @@ class RowHessianAccumulator:
         self.matrix: Tensor | None = None
         self.view = plan.view
 
-    def add(self, problem: Problem, recording: Recording, targets: Any) -> None:
+    def add(self, problem: Problem, recording: Recording, cuts: Cuts) -> None:
         """Take in one batch (recorded with its graph)."""
         k = self.plan.calls[0]
         call, axis, n = recording.calls[k], recording.axes[k], recording.samples
@@ -48,26 +46,15 @@ class RowHessianAccumulator:
         a = input_rows(self.plan, call, axis, n).squeeze(2).to(self.dtype)
         t, out = a.shape[1], self.plan.outputs
         factored = self._factored(problem, t)
-        total = problem.batch_total(recording.outputs, targets)
-        with twice_differentiable():
-            (gradient,) = torch.autograd.grad(
-                total, call.outputs, create_graph=True, allow_unused=True
-            )
-            require_differentiable([gradient])
-        if gradient is None:
-            gradient = torch.zeros_like(call.outputs)
-        second = VectorJacobian(gradient, [call.outputs], _CHUNK)
+        second = cuts.second(call.outputs, t * out)
         chunks = [range(o, min(o + _CHUNK, out)) for o in range(0, out, _CHUNK)]
         template = torch.zeros_like(call.outputs)
         position = torch.arange(template.numel(), device=template.device)
         where = call.kind.output_rows(call, position.reshape(template.shape), axis, n).squeeze(2)
         parts = []
         for u, features in track([(u, o) for u in range(t) for o in chunks], self._label(t, out)):
-            units = template.new_zeros(len(features), template.numel())
-            for row, o in enumerate(features):
-                units[row, where[:, u, o]] = 1.0
-            with twice_differentiable():
-                h = second(units.reshape(-1, *template.shape))
+            vectors = units(where[:, u], features, template.shape, template)
+            h = second(vectors).reshape(len(features), -1)
             h = h[:, where.reshape(-1)].reshape(-1, n, t, out).to(self.dtype)
             if factored:
                 parts.append(h.squeeze(2))  # [o', N, o]

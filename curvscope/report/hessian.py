@@ -30,8 +30,9 @@ def hessian_blocks(found: Findings) -> None:
     found.same_blocks = all(route == "piecewise-linear" for route in routes.values())
     names: list[str] = []
     expected, spent, done = _column_seconds(found, whole), 0.0, 0.0
+    ready = _rows_together(whole, routes, expected)
     for name in track(list(routes), "Hessian blocks"):
-        columns = _columns(whole, name, routes[name])
+        columns = 0 if name in ready else _columns(whole, name, routes[name])
         if columns * expected > _HESSIAN_SECONDS:
             found.skipped.append(
                 f"The Hessian block of {name} was left out: {columns:,} double backward passes "
@@ -60,6 +61,17 @@ def hessian_blocks(found: Findings) -> None:
             route=", ".join(dict.fromkeys(routes.values())),
         )
     )
+
+
+def _rows_together(whole: Any, routes: dict[str, str], expected: float) -> list[str]:
+    """Compute the blocks by rows, except the very long ones, in the same passes: their names."""
+    rows = [name for name, route in routes.items() if route == "rows"]
+    rows = [n for n in rows if _columns(whole, n, "rows") * expected <= _HESSIAN_SECONDS]
+    try:
+        whole.compute_rows(rows)
+    except CurvscopeError:  # they are tried one by one, and the one that is refused says why
+        return []
+    return rows
 
 
 def _columns(whole: Any, name: str, route: str) -> int:
