@@ -248,7 +248,7 @@ def kronecker_info(
     problem: Problem, kind: Kind, what: str, run: FactorRun, **settings: object
 ) -> Provenance:
     """Provenance of an approximation made of Kronecker factors."""
-    base = provenance(problem, kind, "kronecker factors")
+    base = provenance(problem, kind, "Kronecker factors")
     return base.with_(
         what=what,
         exact=False,

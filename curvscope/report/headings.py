@@ -1,8 +1,10 @@
-"""What a column of numbers is called and what it means: one list for pages, tables and widgets."""
+"""What columns of numbers and settings are called: one list for pages, tables and widgets."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ..analysis.metrics import METRICS
 from .cells import Column
@@ -88,6 +90,43 @@ _TITLES: dict[str, str | tuple[str, str]] = {
     "test_loss": ("test loss", "At the end."),
     "covered": ("covered", "Share of the parameters, counted by entries."),
 }
+
+_SETTINGS = {
+    "samples": "samples",
+    "terms": "terms of the loss",
+    "hessian": "Hessian computed",
+    "verify": "problem verified",
+    "verification": "problem verified",
+    "probes": "random probes of Hutchinson diagonals",
+    "damping": "damping in metrics of steps",
+    "seed": "seed of everything random",
+    "quick": "shortened (quick)",
+    "recipe": "trained by",
+    "dtype": "precision",
+    "batchnorm": "batch normalisation as in",
+    "backpack-for-pytorch": "BackPACK",
+    "data": "folder with the data",
+    "schedule": "learning rate over the training",
+}
+
+
+def setting_title(key: str) -> str:
+    """What a setting of a report is called."""
+    return _SETTINGS.get(key, key.replace("_", " "))
+
+
+def setting_word(value: Any) -> str:
+    """A setting as people write it, with all its digits: no quotes, no brackets."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, Mapping):
+        parts = (f"{setting_title(str(k))} {setting_word(v)}" for k, v in value.items())
+        return ", ".join(parts) or "none"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(setting_word, value)) or "none"
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        value = int(value)
+    return str(value) if value is not None else "not set"
 
 
 def heading(key: str) -> Heading:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -47,6 +48,15 @@ def with_error(value: float, stderr: float, digits: int = 3) -> str:
         return f"{shown(value, digits + 1)} ± {shown(stderr, 2)}"
     places = max(0, -place)
     return f"{value:,.{places}f} ± {stderr:,.{places}f}".replace("-", "−")
+
+
+def powers(text: str) -> str:
+    """A sentence with ``9.6e-07`` written as ``9.6·10⁻⁷``, which does not break at its hyphen."""
+
+    def power(found: re.Match[str]) -> str:
+        return f"{found[1]}·10{str(int(found[2])).translate(_SUPERSCRIPT)}"
+
+    return re.sub(r"(?<![\w.])(\d+(?:\.\d+)?)e([+-]\d+)\b", power, text)
 
 
 def percent(share: float) -> str:

@@ -13,6 +13,7 @@ from .cells import Table, block_title
 from .error_tables import error_table, metric_table
 from .figures import Picture
 from .findings import Findings
+from .headings import setting_title, setting_word
 from .layer_table import anchor, layer_table
 from .numbers import percent, seconds, shown
 from .skeleton import Choice, Link, render_page
@@ -192,9 +193,12 @@ def _memory(used: int | None) -> str:
 
 def _settings(document: dict[str, Any]) -> list[tuple[str, str]]:
     """Settings and versions in one list."""
-    pairs = [(name, _word(value)) for name, value in document["settings"].items()]
+    pairs = [
+        (setting_title(name), shown(value) if isinstance(value, float) else setting_word(value))
+        for name, value in document["settings"].items()
+    ]
     environment = document["environment"]
-    pairs += list(environment["versions"].items())
+    pairs += [(setting_title(name), text) for name, text in environment["versions"].items()]
     pairs += [
         ("system", environment["system"]),
         ("processors", str(environment["processors"])),
@@ -205,7 +209,3 @@ def _settings(document: dict[str, Any]) -> list[tuple[str, str]]:
     if document["command"]:
         pairs.insert(0, ("command", document["command"]))
     return pairs
-
-
-def _word(value: Any) -> str:
-    return shown(value) if value is not None else "not set"

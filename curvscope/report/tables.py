@@ -11,7 +11,7 @@ from .approximations import Approximation
 from .cells import Cell, Column, Table, block_title, finite, number
 from .findings import Findings
 from .headings import heading
-from .numbers import NOTHING, percent, seconds, shown, with_error
+from .numbers import NOTHING, percent, powers, seconds, shown, with_error
 
 
 def approximation_table(found: Findings) -> Table:
@@ -174,7 +174,7 @@ def verification_tables(found: Findings) -> list[Table]:
                 Cell(check.status, strong=check.status == "failed"),
                 number(check.value, 2),
                 number(check.tolerance, 2),
-                Cell(f"{check.sentence} {check.advice}".strip()),
+                Cell(powers(f"{check.sentence} {check.advice}".strip())),
             ]
             for check in result.checks
         ],
@@ -187,7 +187,11 @@ def verification_tables(found: Findings) -> list[Table]:
             Column("why", numeric=False),
         ),
         [
-            [Cell(name), Cell(verdict, strong=verdict != "trust"), Cell(result.reasons[name])]
+            [
+                Cell(name),
+                Cell(verdict, strong=verdict != "trust"),
+                Cell(powers(result.reasons[name])),
+            ]
             for name, verdict in result.trust.items()
         ],
     )
@@ -207,7 +211,7 @@ def cost_table(found: Findings) -> Table:
         [
             Cell(row.name),
             Cell(seconds(row.seconds), sort=row.seconds),
-            number(row.passes),
+            number(row.passes if row.passes % 1 else int(row.passes)),
             Cell(shown(row.products) if row.products else NOTHING, sort=row.products),
             Cell(row.route or NOTHING),
         ]

@@ -177,11 +177,12 @@ class TooSharp(Alarm):
             elif since is None:
                 self.memory["since"] = since = step
             steps = 0 if since is None else step - since
-            what = "lambda_max * lr" + ("" if inner != inner else " of the preconditioned Hessian")
+            of = "" if inner != inner else " of the preconditioned Hessian"
             yield Finding(
                 "",
                 since is not None and steps >= self.steps,
-                f"{what} is {number(value)}, above {number(self.limit)} for {steps} steps",
+                f"largest eigenvalue{of} times learning rate is {number(value)}, above "
+                f"{number(self.limit)} for {steps} steps",
             )
 
 

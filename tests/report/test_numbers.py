@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from curvscope.report.numbers import percent, seconds, shown, with_error
+from curvscope.report.headings import setting_title, setting_word
+from curvscope.report.numbers import percent, powers, seconds, shown, with_error
 
 
 @pytest.mark.parametrize(
@@ -73,3 +74,15 @@ def test_percent_and_seconds() -> None:
         "3 min 20 s",
         "–",
     ]
+
+
+def test_powers_in_sentences() -> None:
+    assert powers("up to 9.6e-07 and 1e-15.") == "up to 9.6·10⁻⁷ and 1·10⁻¹⁵."
+    assert powers("1.2e+06 rows, layer1e-2 and 0x1e-3") == "1.2·10⁶ rows, layer1e-2 and 0x1e-3"
+
+
+def test_settings_in_words() -> None:
+    assert setting_title("hessian") == "Hessian computed" and setting_title("a_b") == "a b"
+    given = [True, None, 200.0, 0.023, "full", [], [1, 2], {"probe": 256, "budget": None}]
+    words = ["yes", "not set", "200", "0.023", "full", "none", "1, 2", "probe 256, budget not set"]
+    assert [setting_word(value) for value in given] == words

@@ -102,7 +102,8 @@ def sharp(values: dict[int, float], **more: Any) -> list[Any]:
 def test_too_sharp() -> None:
     above = dict.fromkeys(range(5, 30, 5), 2.5)
     found = shown(TooSharp(), sharp({1: 1.0, **above}))
-    assert found == ["25 raised K-BFGS: lambda_max * lr is 2.5, above 2 for 20 steps"]
+    what = "largest eigenvalue times learning rate"
+    assert found == [f"25 raised K-BFGS: {what} is 2.5, above 2 for 20 steps"]
     assert shown(TooSharp(), sharp({**above, 15: 1.9})) == []
     assert len(shown(TooSharp(), sharp({**above, 30: 1.9}))) == 2  # and over
     assert shown(TooSharp(steps=5), sharp(above))[0].startswith("10 raised")
@@ -170,7 +171,9 @@ def test_a_learning_rate_beyond_the_limit_of_stability(tmp_path: Path) -> None:
     model = plain_net()
     optimizer = torch.optim.SGD(model.parameters(), lr=4.0)
     calls: list[cs.training.AlarmEvent] = []
-    with pytest.warns(MonitorWarning, match=r"lambda_max \* lr is .*above 2 for"):
+    with pytest.warns(
+        MonitorWarning, match=r"largest eigenvalue times learning rate is .*above 2 for"
+    ):
         run = watch_training(
             "",
             model,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,6 +9,7 @@ from typing import Any
 
 from ...analysis.comparison import WHOLE
 from ..cells import WHOLE_TITLE, block_title
+from ..headings import setting_word
 from ..write import KIND
 from .model import Only, Value, Words
 
@@ -187,21 +187,24 @@ def _settings(document: Mapping[str, Any]) -> dict[str, str]:
         plan = dict(document.get("plan") or {})
         for name in ("kind", "schema", "created", "command", "runs", "problem"):
             plan.pop(name, None)
-        return {"problem": _word(document["problem"]), **{k: _word(v) for k, v in plan.items()}}
+        return {
+            "problem": setting_word(document["problem"]),
+            **{k: setting_word(v) for k, v in plan.items()},
+        }
     problem = document["problem"]
     left_out = {*_PROBLEM, "blocks", "shapes", "parameters"}
-    found = {name: _word(v) for name, v in problem.items() if name not in left_out}
+    found = {name: setting_word(v) for name, v in problem.items() if name not in left_out}
     found |= {f"shape of {name}": " × ".join(map(str, v)) for name, v in problem["shapes"].items()}
-    found |= {name: _word(v) for name, v in document["settings"].items()}
+    found |= {name: setting_word(v) for name, v in document["settings"].items()}
     config = document.get("config") or {}
     given = {k: v for k, v in config.items() if k not in (*_NEVER, "problem", "verify")}
-    return {**{name: _word(v) for name, v in given.items()}, **found}
+    return {**{name: setting_word(v) for name, v in given.items()}, **found}
 
 
 def _verdicts(document: Mapping[str, Any]) -> dict[str, str]:
     """Words that findings end in: checks, what is trusted, closest approximations, states."""
     if document["kind"] != KIND:
-        found = {f"end of {_run_name(run)}": _word(run["state"]) for run in document["runs"]}
+        found = {f"end of {_run_name(run)}": setting_word(run["state"]) for run in document["runs"]}
         for run in document["runs"]:
             for alarm in run["alarms"]:
                 if alarm.get("state") == "raised":
@@ -219,7 +222,11 @@ def _verdicts(document: Mapping[str, Any]) -> dict[str, str]:
 def _environment(document: Mapping[str, Any]) -> dict[str, str]:
     known = dict(document["environment"])
     versions = known.pop("versions", {})
-    return {**versions, **{k: _word(v) for k, v in known.items()}, "command": document["command"]}
+    return {
+        **versions,
+        **{k: setting_word(v) for k, v in known.items()},
+        "command": document["command"],
+    }
 
 
 def _sentences(title: str, a: list[str], b: list[str]) -> list[Words]:
@@ -241,9 +248,3 @@ def _shape(text: str) -> str:
 def _start(text: str) -> str:
     words = text.split()
     return " ".join(words[:6]) + (" …" if len(words) > 6 else "")
-
-
-def _word(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    return "not set" if value is None else json.dumps(value, ensure_ascii=False)

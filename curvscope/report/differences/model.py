@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..cells import block_title
-from ..headings import heading
+from ..headings import heading, setting_title
 from ..numbers import shown
 
 if TYPE_CHECKING:
@@ -239,6 +239,8 @@ class Difference:
 
     def _differing(self, table: str) -> str:
         names = [word.name for word in self.words if word.table == table]
+        if table == "settings":
+            names = [setting_title(name) for name in names]
         if table in ("summary", "warnings"):
             verb = "differs" if table == "summary" else "differ"
             count = f"{len(names)} sentence{'s' if len(names) > 1 else ''}"

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..cells import WHOLE_TITLE, Cell, Column, Table, block_title, finite
 from ..error_tables import METRIC_COLUMNS
-from ..headings import heading
+from ..headings import heading, setting_title
 from ..numbers import NOTHING, shown
 from ..skeleton import Choice, Link, day, render_page
 from .model import CHANGED, NOISE, ONLY_A, SAME, Difference, Number, Words
@@ -237,7 +237,7 @@ def _words_table(found: Difference, table: str, caption: str) -> Table | None:
 
 def _words_row(word: Words, sentence: bool) -> list[Cell]:
     sides = [Cell(NOTHING if text is None else text) for text in (word.a, word.b)]
-    name = word.name
+    name = setting_title(word.name) if word.table == "settings" else word.name
     if sentence:
         name = "only in A" if word.b is None else "only in B" if word.a is None else "other numbers"
     return [Cell(name), *sides]
@@ -260,6 +260,6 @@ def _facts(
         version = document["environment"].get("versions", {}).get("curvscope", "?")
         pairs += [
             (f"report {side}", f"{name} ({source})"),
-            (f"made ({side})", f"{day(str(document['created']))}, curvscope {version}"),
+            (f"report {side} was made", f"{day(str(document['created']))} by curvscope {version}"),
         ]
     return pairs

@@ -10,6 +10,7 @@ from ...errors import counted
 from ...training import alarms
 from ...training.measures import REGISTRY, Measure
 from ...training.snapshots import SnapshotMeasure
+from ..headings import setting_word
 from .gather import Runs
 
 _REFERENCES = {"ggn": "GGN (generalised Gauss-Newton)", "hessian": "Hessian"}
@@ -36,13 +37,17 @@ def _setting(name: str, value: Any, runs: Runs) -> tuple[str, str]:
         share = f"at most {100 * value:g} % of the training's time" if value is not None else ""
         return "budget of the monitor", share or "none: it takes every measurement"
     if name == "assured":
-        steps = f"at {counted(len(value), 'step')}: {_word(value)}" if value else "at no step"
+        steps = (
+            f"at {counted(len(value), 'step')}: {setting_word(value)}" if value else "at no step"
+        )
         return "measured whatever the budget", steps
     if name == "probe":
         size = dict(runs.plan.get("monitor") or {}).get("probe")
         fixed = f"{size:,} samples" if isinstance(size, int) else "samples"
         words = {"fixed": f"{fixed}, the same at all steps", "current": "each step's batch"}
-        return "data that curvature is measured on", words.get(str(value), f"{_word(value)} of it")
+        return "data that curvature is measured on", words.get(
+            str(value), f"{setting_word(value)} of it"
+        )
     if name == "reference":
         return "exact matrix", _REFERENCES.get(str(value), str(value))
     if name == "seed":
@@ -54,7 +59,7 @@ def _setting(name: str, value: Any, runs: Runs) -> tuple[str, str]:
             return "snapshots of the parameters", "none"
         kind = str(value.get("kind", ""))
         return "snapshots of the parameters", _KINDS.get(kind, kind).format_map(_Known(value))
-    return f"monitor: {name.replace('_', ' ')}", _word(value)
+    return f"monitor: {name.replace('_', ' ')}", setting_word(value)
 
 
 class _Known(dict[str, Any]):
@@ -102,21 +107,10 @@ def how(runs: Runs, name: str) -> str:
     """The options of a measure in words."""
     options = {k: v for k, v in _options(runs, name).items() if k != "schedule"}
     named = ((_OPTIONS.get(k, k.replace("_", " ")), v) for k, v in options.items())
-    return "; ".join(f"{key}: {_word(value)}" for key, value in named)
+    return "; ".join(f"{key}: {setting_word(value)}" for key, value in named)
 
 
 def _options(runs: Runs, name: str) -> dict[str, Any]:
     """The schedule and the options of a measure, from the first run that has it."""
     each = (member.run.settings.get("measures", {}).get(name) for member in runs.members)
     return dict(next(filter(None, each), {}))
-
-
-def _word(value: Any) -> str:
-    """A setting as people write it: no quotes, no brackets."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_word(one)}" for name, one in value.items()) or "none"
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_word, value)) or "none"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return "none" if value is None else str(value)
