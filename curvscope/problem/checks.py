@@ -116,6 +116,29 @@ def first_outputs(problem: Problem, inputs: Any) -> Tensor:
         ) from error
 
 
+def without_noise(
+    problem: Problem, inputs: Any, targets: Any, outputs: Tensor, value: Tensor
+) -> None:
+    """Raise ``NonDeterministicError`` where what the model or the loss draws changes its values.
+
+    Called where random numbers have been drawn; the second evaluation draws others. A loss over a
+    data set would hide small noise in its sum.
+    """
+    again = problem.outputs(inputs).detach()
+    other = problem.batch_total(again, targets).detach()
+    named = [("outputs", outputs, again)] if outputs.shape == again.shape else []
+    for what, old, new in [*named, ("loss", value, other)]:
+        scale, eps = float(old.detach().abs().max()), torch.finfo(problem.dtype).eps
+        difference = float((new - old.detach()).abs().max())
+        if not difference <= 10 * eps * scale:
+            raise NonDeterministicError(
+                f"The model draws random numbers under eval(): two evaluations of the {what} of "
+                f"the first batch differ by {difference:.3g} (largest value: {scale:.3g}). Switch "
+                "that off: functional dropout without training=self.training, noise layers, "
+                "sampling; or draw the noise once and keep it."
+            )
+
+
 def additive(problem: Problem, inputs: Any, targets: Any, whole: Tensor) -> None:
     """A plain callable must be a sum, or a mean over its count, of terms."""
     samples = sample_count(inputs, targets)

@@ -320,6 +320,7 @@ class Problem(Shown):
         # without them
         with self.session():
             for inputs, targets in self.batches(seed):
+                before = state.random_mark() if look and not count else ()
                 run = self.outputs if count else functools.partial(checks.first_outputs, self)
                 outputs = run(inputs).detach()
                 if look and not count:
@@ -328,6 +329,8 @@ class Problem(Shown):
                 value = self.batch_total(outputs, targets)
                 if not bool(torch.isfinite(value)):
                     checks.blame(self, inputs, count, float(value))
+                if before and state.random_mark() != before:
+                    checks.without_noise(self, inputs, targets, outputs, value)
                 size = sample_count(inputs, targets)
                 if size > 1 and look:
                     checks.additive(self, inputs, targets, value)

@@ -37,6 +37,15 @@ def random_state() -> Iterator[None]:
         random.setstate(python_state)
 
 
+def random_mark() -> tuple[Any, ...]:
+    """The global random states, to be compared: whoever draws from one changes it."""
+    _, words, *rest = np.random.get_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    states = [torch.get_rng_state(), *cuda]
+    found = [state.numpy().tobytes() for state in states]
+    return *found, np.asarray(words).tobytes(), *rest, random.getstate()
+
+
 class Members(NamedTuple):
     """Modules, parameters and buffers of a model, each once."""
 

@@ -56,7 +56,21 @@ def with_replacement() -> DataLoader:
     return DataLoader(data, batch_size=2, sampler=RandomSampler(data, replacement=True))
 
 
+def noisy(sigma: float) -> nn.Module:
+    return nn.Sequential(Apply(lambda x: x + sigma * torch.randn_like(x)), net())
+
+
 CHANGING: dict[str, Refusal] = {
+    "noise": (
+        checked(model=noisy(1e-9)),
+        errors.NonDeterministicError,
+        ("draws random numbers", "noise layers"),
+    ),
+    "noise of numpy": (
+        checked(model=nn.Sequential(Apply(lambda x: x * (1 + 1e-9 * np.random.rand())), net())),
+        errors.NonDeterministicError,
+        ("outputs of the first batch differ",),
+    ),
     "functional dropout": (
         checked(model=dropping()),
         errors.NonDeterministicError,
@@ -213,3 +227,11 @@ def test_nan_that_comes_later() -> None:
         model[2].bias.fill_(torch.nan)
     for call in (cs.ggn, cs.kfac, cs.hessian):
         refused(lambda call=call: call(p), errors.NonFiniteError, "'2.bias'")
+
+
+def test_draws_that_change_nothing_are_allowed() -> None:
+    def idle(x: torch.Tensor) -> torch.Tensor:
+        torch.rand(3)
+        return x
+
+    assert problem(model=nn.Sequential(Apply(idle), net())).check().samples == 6
