@@ -29,7 +29,7 @@ from .common import (
 )
 from .estimate import Estimate
 from .sampling import Sampled, mean_of, sample_until
-from .slq import Quadrature, quadrature, together
+from .slq import Quadrature, quadrature, together, with_node
 from .trace import estimate_of
 
 if TYPE_CHECKING:
@@ -116,8 +116,10 @@ def effective_dimension(
     """How many directions the matrix determines against ``damping``: ``tr A (A + damping I)^-1``.
 
     The number of eigenvalues far above ``damping`` plus shares of those near it, for a matrix
-    without eigenvalues at or below ``-damping``. ``method``, ``tol``, ``budget``, ``steps``,
-    ``confidence`` and ``seed`` are those of :func:`logdet`.
+    without eigenvalues at or below ``-damping``. Lanczos steps that have not reached eigenvalues
+    below ``damping`` overestimate it; a lower bound by Gauss-Radau quadrature says by how much at
+    most, and counts as the change by the last steps does in :func:`logdet`. ``method``, ``tol``,
+    ``budget``, ``steps``, ``confidence`` and ``seed`` are those of :func:`logdet`.
 
     Cost: the products it reports. Raises ``NotDefinedError`` where ``A + damping I`` has an
     eigenvalue that is not positive, ``OptionError`` for a matrix that is not symmetric, a damping
@@ -160,6 +162,7 @@ def effective_dimension(
         confidence=confidence,
         seed=seed,
         most=float(op.shape[0]),
+        bounded=True,
     )
 
 
@@ -198,6 +201,7 @@ def _spectral_sum(
     confidence: float,
     seed: int,
     most: float = math.inf,
+    bounded: bool = False,
 ) -> Estimate:
     begun = time.perf_counter()
     check_option("method", method, ("auto", "slq", "exact"))
@@ -215,13 +219,12 @@ def _spectral_sum(
     else:
         budget = check_budget(budget, 30, "stochastic Lanczos quadrature")
         found, change = _sampled(
-            meter, function, damping, tol, budget, steps, confidence, seed, quantity
+            meter, function, damping, tol, budget, steps, confidence, seed, quantity, bounded
         )
         if change > _BIAS * tol * abs(found.value):
             warnings = (
-                f"The Lanczos steps allowed were not enough: the last ones changed the "
-                f"value by {change:.2g}; pass a larger steps= or budget=, or a "
-                "larger damping=.",
+                f"The Lanczos steps allowed were not enough: the value may change by {change:.2g} "
+                "with more; pass a larger steps= or budget=, or a larger damping=.",
             )
             found = replace(found, converged=False)
         found = replace(found, bias=change)
@@ -248,11 +251,18 @@ def _sampled(
     confidence: float,
     seed: int,
     label: str,
+    bounded: bool,
 ) -> tuple[Sampled, float]:
-    """The estimate, and by how much the last Lanczos steps have changed it."""
+    """The estimate, and by how much the last Lanczos steps have changed it.
+
+    ``bounded``: or how far it is from its bound on the other side, by Gauss-Radau quadrature. Of a
+    function that is flat above ``damping`` steps change nothing before they reach the eigenvalues
+    down there.
+    """
     op, size = meter.op, meter.size
     noise = 20 * torch.finfo(op.dtype).eps
     changes: list[Tensor] = []
+    gaps: list[Tensor] = []
 
     def values(found: Quadrature) -> Tensor:
         nodes = found.nodes
@@ -264,6 +274,17 @@ def _sampled(
         terms = torch.where(used, function(torch.where(used, nodes, 1.0)), 0.0)
         return size * (terms * found.weights).sum(1)
 
+    def gap(found: Quadrature) -> Tensor:
+        """From the Gauss to the Gauss-Radau quadrature ``[probes]``; zero where there is none."""
+        nodes = found.nodes[found.weights > 0]
+        least, rounding = float(nodes.min()), noise * float(nodes.abs().max())
+        node = min(0.0, 1.02 * least) - rounding
+        if not bounded or node + damping <= rounding:
+            return torch.zeros(len(found.nodes))
+        other = with_node(found, node)
+        low = size * (function(other.nodes.clamp_min(node)) * other.weights).sum(1)
+        return (values(found) - low).abs()
+
     def watched(start: int, count: int, most: int, stop: bool) -> tuple[Tensor, int]:
         """Values per probe; what the last steps have changed goes into ``changes``."""
         seen: list[tuple[int, Tensor]] = [(0, torch.full((count,), math.inf))]
@@ -272,6 +293,7 @@ def _sampled(
         def enough(found: Quadrature) -> bool:
             seen.append((found.nodes.shape[1], values(found)))
             change = float((seen[-1][1] - seen[-2][1]).abs().mean())
+            change = max(change, float(gap(found).mean())) if stop else change
             return stop and change <= _SHARE * tol * float(seen[-1][1].mean().abs())
 
         found = quadrature(meter, seed, start, count, most, enough=enough, every=every, label=label)
@@ -279,12 +301,14 @@ def _sampled(
         before = [v for place, v in seen if place < taken][-1]
         complete = found.ended or taken >= size
         changes.append(torch.zeros(count) if complete else final - before)
+        gaps.append(torch.zeros(count) if complete else gap(found))
         return final, taken
 
     # two probes tell how many steps are enough; all others then take some more
     _, taken = watched(0, 2, max(2, min(steps, size, budget // 6)), True)
     steps = min(steps, size, taken + _EVERY, max(2, budget // 6))
     changes.clear()
+    gaps.clear()
     found = sample_until(
         lambda start, count: watched(start, count, steps, False)[0],
         mean_of,
@@ -296,4 +320,5 @@ def _sampled(
         meter=meter,
         label=label,
     )
-    return found, float(torch.cat(changes).mean().abs())
+    change = float(torch.cat(changes).mean().abs())
+    return found, max(change, float(torch.cat(gaps).mean()))

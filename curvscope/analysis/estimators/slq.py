@@ -29,6 +29,8 @@ class Quadrature:
     reorthogonalised: int = 0
     ended: bool = False  # whether every start has spanned an invariant subspace
     moments: Tensor | None = None  # [probes, 4] where the weights do not give them
+    # diagonals, entries beside them (the last one couples to what comes next), and sizes
+    recurrence: tuple[Tensor, Tensor, Tensor] | None = None
 
 
 def together(meter: Meter, steps: int) -> int:
@@ -110,7 +112,8 @@ def quadrature(
         scale = torch.maximum(alphas[:, :done].abs().amax(1), betas[:, :done].abs().amax(1))
         ended = (sizes <= 20 * eps * scale) & (ends == steps)
         ends[ended] = done
-        sizes = torch.where(ends <= done, 0.0, sizes) if bool((ends <= done).any()) else sizes
+        over = ended | (ends < done)
+        sizes = torch.where(over, 0.0, sizes) if bool(over.any()) else sizes
         betas[:, step] = sizes
         if bool((ends <= done).all()) and done < steps:
             break
@@ -151,6 +154,31 @@ def _nodes(alphas: Tensor, betas: Tensor, ends: Tensor, steps: int) -> Quadratur
     diagonal = alphas[:, :steps]
     diagonal = torch.where(places < sizes, diagonal, diagonal.gather(1, sizes - 1))
     beside = torch.where(places[1:] < sizes, betas[:, : steps - 1], 0.0)
+    matrix = torch.diag_embed(diagonal)
+    matrix += torch.diag_embed(beside, 1) + torch.diag_embed(beside, -1)
+    values, vectors = torch.linalg.eigh(matrix)
+    recurrence = diagonal, betas[:, :steps], sizes
+    return Quadrature(values, vectors[:, 0].square(), recurrence=recurrence)
+
+
+def with_node(found: Quadrature, node: float) -> Quadrature:
+    """The Gauss-Radau quadratures that ``node``, below all eigenvalues, is a node of.
+
+    Where all odd derivatives of a function are positive on the spectrum, they bound its integral
+    from below and the Gauss quadratures from above, if those of even order are negative. Source:
+    Golub and Meurant, "Matrices, Moments and Quadrature", 2010, section 6.2.
+    """
+    assert found.recurrence is not None
+    diagonal, beside, sizes = found.recurrence
+    steps = diagonal.shape[1]
+    places = torch.arange(steps)
+    beside = torch.where(places < sizes, beside, 0.0)
+    pivots = diagonal[:, 0] - node  # of the Cholesky decomposition of T - node I
+    for k in range(1, steps):
+        following = diagonal[:, k] - node - beside[:, k - 1].square() / pivots
+        pivots = torch.where(k < sizes[:, 0], following, pivots)
+    last = node + beside.gather(1, sizes - 1).square() / pivots.unsqueeze(1)
+    diagonal = torch.cat([diagonal, diagonal[:, -1:]], 1).scatter(1, sizes, last)
     matrix = torch.diag_embed(diagonal)
     matrix += torch.diag_embed(beside, 1) + torch.diag_embed(beside, -1)
     values, vectors = torch.linalg.eigh(matrix)

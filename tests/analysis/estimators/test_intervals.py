@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import curvscope as cs
+from curvscope.analysis.estimators.common import Meter, signs
+from curvscope.analysis.estimators.slq import quadrature, with_node
 
 from .matrices import by_products, with_spectrum
 
@@ -45,3 +47,32 @@ def test_what_missing_lanczos_steps_change_is_in_the_interval(steps: int) -> Non
         assert not found.converged
         inside += found.low <= true <= found.high
     assert inside >= 25, inside
+
+
+@pytest.mark.parametrize("steps", [5, 12, 30])
+@pytest.mark.parametrize("damping", [1e-2, 1e-5])
+def test_eigenvalues_that_no_step_has_reached(steps: int, damping: float) -> None:
+    """Far below the others, they change nothing from step to step, but for the known bound."""
+    values = torch.logspace(3, -9, 90).double()
+    op = by_products(with_spectrum(values, seed=4))
+    true = float((values / (values + damping)).sum())
+    found = cs.effective_dimension(op, damping=damping, steps=steps, budget=6 * steps)
+    assert found.low <= true <= found.high and not found.converged
+
+
+def test_quadratures_with_a_given_node_bound_from_the_other_side() -> None:
+    values = torch.logspace(2, -3, 40).double()
+    matrix = with_spectrum(values, seed=5)
+    meter = Meter(by_products(matrix))
+    start = signs(meter.op, 1, 0, 2, stream=7)
+    inverse = torch.linalg.inv(matrix + 0.01 * torch.eye(40))
+    true = (start * (inverse @ start)).sum(0) / 40
+    for steps in (1, 4, 9):
+        found = quadrature(meter, 1, 0, 2, steps)
+        other = with_node(found, 0.0)
+        below, above = ((q.weights / (q.nodes + 0.01)).sum(1) for q in (found, other))
+        assert bool((below <= true * (1 + 1e-9)).all() and (true <= above * (1 + 1e-9)).all())
+        torch.testing.assert_close(other.nodes[:, 0], torch.zeros(2).double())
+        power = (other.weights * other.nodes ** (2 * steps)).sum(1)  # exact up to this one
+        image = torch.linalg.matrix_power(matrix, 2 * steps) @ start
+        torch.testing.assert_close(power, (start * image).sum(0) / 40, rtol=1e-7, atol=0)
