@@ -33,14 +33,15 @@ _ENTRY = 0.03  # time to read one number of such a Hessian, of that to compute a
 _WORTH = 0.85  # part of the time that must be left for a way by other places to be taken
 _CHUNK = 8
 _WORTH_A_TRIAL = 16  # rows below which a trial of vectorising costs more than it can save
+_TRIED = 4  # so many are vectorised at first: with convolutions that may take long
 _WORTH_A_CUT = 32  # rows below which the graph is not looked through
 
 
 class SecondDerivative:
     """``vectors [k, *z] -> [k, *z]``: products with the second derivative of ``total`` in ``z``.
 
-    Vectors go one by one or vectorised, whichever a trial finds faster where there are ``rows`` of
-    them to come. ``cut`` is a place with its Hessian; without one everything is differentiated.
+    Vectors go one by one or, if it ``tries`` that, vectorised, whichever a trial finds faster.
+    ``cut`` is a place with its Hessian; without one everything is differentiated.
     """
 
     def __init__(
@@ -48,11 +49,11 @@ class SecondDerivative:
         total: Tensor,
         z: Any,  # a tensor or the edge of one
         shape: Sequence[int],
-        rows: int,
+        tries: bool,
         cut: Place | None = None,
     ) -> None:
         self.z, self.shape, self.cut = z, tuple(shape), cut
-        self.vectorised: bool | None = None if rows >= _WORTH_A_TRIAL else False
+        self.vectorised: bool | None = None if tries else False
         self.weight: Tensor | None = None
         with twice_differentiable():
             if cut is None:
@@ -69,8 +70,11 @@ class SecondDerivative:
 
     def __call__(self, vectors: Tensor) -> Tensor:
         with twice_differentiable():
-            if self.vectorised is None and len(vectors) >= _CHUNK // 2:
-                return self._trial(vectors)
+            if self.vectorised is None and len(vectors) >= _TRIED:
+                parts = [self._trial(vectors[:_TRIED])]
+                if len(vectors) > _TRIED:
+                    parts.append(self(vectors[_TRIED:]))
+                return torch.cat(parts)
             if self.vectorised:
                 return torch.cat([self._products(v, True) for v in vectors.split(_CHUNK)])
             return torch.stack([self._products(v, False) for v in vectors])
@@ -138,6 +142,8 @@ class Cuts:
 
     def __init__(self, total: Tensor, recording: Recording, targets: Sequence[Tensor]) -> None:
         self.total, self.recording, self.samples = total, recording, recording.samples
+        convolves = any("Conv" in call.kind.name for call in recording.calls)
+        self.trial_from = _WORTH_A_TRIAL * (4 if convolves else 1)
         self.targets = list(targets)
         self.users: dict[Place, int] = {}
         self.widths: dict[Place, int] = {}
@@ -215,7 +221,8 @@ class Cuts:
 
         By way of another place only where a random product is the same as without.
         """
-        plain = SecondDerivative(self.total, z, z.shape, rows)
+        tries = rows >= self.trial_from
+        plain = SecondDerivative(self.total, z, z.shape, tries)
         if rows < _WORTH_A_CUT:
             return plain
         place = self._places.get(get_gradient_edge(z).node)
@@ -226,7 +233,7 @@ class Cuts:
             return plain
         try:
             self._solve(cut)
-            other = SecondDerivative(self.total, z, z.shape, rows, cut)
+            other = SecondDerivative(self.total, z, z.shape, tries, cut)
             noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)).to(z)
             want, got = plain(noise.unsqueeze(0)), other(noise.unsqueeze(0))
         except (RuntimeError, UnsupportedLayerError):  # then the plain way says what is wrong
@@ -245,7 +252,8 @@ class Cuts:
         shape, device = about[0], self.total.device
         (gradient,) = torch.autograd.grad([self.total], [place.edge], retain_graph=True)
         place.gradient = gradient
-        second = SecondDerivative(self.total, place.edge, shape, width, cut)
+        tries = width >= self.trial_from
+        second = SecondDerivative(self.total, place.edge, shape, tries, cut)
         where = positions(shape, place.axis, n, device)
         hessian = gradient.new_empty(n, width, width)
         for start in range(0, width, _CHUNK):

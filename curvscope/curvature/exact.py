@@ -97,7 +97,7 @@ def hessian(
 
     Cost: nothing until used. A product takes two backward passes over the data per column. A block
     takes one backward pass per output (gram), one double backward pass per output unit and position
-    of the layer (rows), or one product per parameter (autograd).
+    of the layer, at most (rows), or one product per parameter (autograd).
 
     Raises ``OptionError`` for an unknown route; at first use ``UnsupportedLayerError`` where a
     forced route is not valid or an operation has no second derivative, ``MemoryLimitError`` before

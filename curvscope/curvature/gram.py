@@ -28,13 +28,28 @@ class RouteFailed(Exception):
         self.block, self.reason = block, reason
 
 
-def record_batch(problem: Problem, inputs: Any, targets: Any) -> Recording:
-    """Record one batch (inside a session)."""
+def record_batch(
+    problem: Problem,
+    inputs: Any,
+    targets: Any,
+    plans: Sequence[BlockPlan] | None = None,
+    *,
+    planned: bool = False,
+) -> Recording:
+    """Record one batch (inside a session).
+
+    With ``plans``, what only other blocks use is not cut into samples; ``planned``: it is the batch
+    that the plans were made from.
+    """
+    only = None if plans is None else [p for plan in plans for p in plan.parameters]
+    known = {k: axis for plan in plans or () for k, axis in plan.axes.items()} if planned else {}
     return record(
         lambda: problem.outputs(inputs),
         problem.params.values(),
         targets,
         problem.count_samples(inputs, targets),
+        only=only,
+        known=known,
     )
 
 
@@ -101,11 +116,12 @@ def gram_blocks(
     with problem.session(at):
         batches = problem.batches()
         for inputs, targets in track(batches, f"{kind.title} blocks", total=facts.batches):
-            recording = record_batch(problem, inputs, targets)
-            if accumulators:
+            first = not accumulators
+            recording = record_batch(problem, inputs, targets, plans, planned=first)
+            if not first:
                 _still_valid(problem, recording, plans, route)
             count = pass_count(problem, kind, recording)
-            if not accumulators:
+            if first:
                 for plan in plans:
                     accumulators[plan.name] = GramAccumulator(
                         plan, problem.dtype, count * facts.samples, form
@@ -130,7 +146,7 @@ def row_blocks(
     first = True
     with problem.session(at):
         for inputs, targets in problem.batches():
-            recording = record_batch(problem, inputs, targets)
+            recording = record_batch(problem, inputs, targets, plans, planned=first)
             if not first:
                 _still_valid(problem, recording, plans, "rows")
             first = False

@@ -24,7 +24,7 @@ from ..layers import Call
 from ..operators import MatrixView
 from ..problem import Problem
 from .piecewise import is_piecewise_linear
-from .recording import Recording, used_elsewhere
+from .recording import KnownAxis, Recording, used_elsewhere
 
 ROUTES = ("gram", "piecewise-linear", "rows", "autograd")
 
@@ -45,6 +45,7 @@ class BlockPlan:
     reasons: dict[str, str] = field(default_factory=dict)
     positions: int = 0  # T of a single call that acts on rows, else 0
     outputs: int = 0  # its output features
+    axes: dict[int, KnownAxis] = field(default_factory=dict)  # of its calls, on the first batch
     view: MatrixView | None = None  # [g, o, i(+1)] where the block is one layer's [W] or [W b]
 
     @property
@@ -180,6 +181,10 @@ def plan_blocks(
             reasons,
             positions,
             outputs,
+            {
+                k: KnownAxis(recording.axes[k], tuple(recording.calls[k].outputs.shape))
+                for k in found
+            },
             matrix_view(own, [recording.calls[k] for k in found]),
         )
     return plans

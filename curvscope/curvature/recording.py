@@ -106,6 +106,14 @@ class Recorder(TorchFunctionMode):
         return out.clone()
 
 
+@dataclass(frozen=True)
+class KnownAxis:
+    """Where the output of a call, of this shape, has been found to keep its samples."""
+
+    axis: SampleAxis | None
+    shape: tuple[int, ...]
+
+
 @dataclass
 class Recording:
     """One batch's forward pass: outputs in the graph, the calls, and what is known of them."""
@@ -138,14 +146,31 @@ class Recording:
 
 
 def record(
-    forward: Callable[[], Tensor], parameters: Iterable[Tensor], targets: Any, samples: int
+    forward: Callable[[], Tensor],
+    parameters: Iterable[Tensor],
+    targets: Any,
+    samples: int,
+    *,
+    only: Iterable[Tensor] | None = None,
+    known: Mapping[int, KnownAxis] | None = None,
 ) -> Recording:
-    """Run ``forward`` and record every use of ``parameters``, cut into samples where possible."""
+    """Run ``forward`` and record every use of ``parameters``, cut into samples where possible.
+
+    Where ``only`` the uses of some parameters matter, the others are not cut; ``known`` says how
+    this very batch has been cut before, by the position of the call.
+    """
     recorder = Recorder(parameters)
     with recorder:
         outputs = forward()
     recording = Recording(outputs, targets, samples, recorder.calls)
-    _find_samples(recording)
+    if only is None:
+        wanted = list(range(len(recording.calls)))
+    else:
+        ids = {id(p) for p in only}
+        wanted = [
+            k for k, c in enumerate(recording.calls) if id(c.weight) in ids or id(c.bias) in ids
+        ]
+    _find_samples(recording, wanted, known or {})
     return recording
 
 
@@ -176,30 +201,39 @@ def masked_cotangents(recording: Recording) -> Iterator[tuple[Tensor, Tensor]]:
         kept = mask.repeat_interleave(fold).to(outputs.device)
         noise = torch.randn(outputs.shape, generator=generator, dtype=torch.float64)
         cotangent = noise.to(outputs) * kept.reshape(-1, *[1] * (outputs.ndim - 1))
-        yield (~mask).to(outputs.device), cotangent
+        yield (~mask).nonzero().squeeze(1).to(outputs.device), cotangent
 
 
-def _find_samples(recording: Recording) -> None:
+def _find_samples(
+    recording: Recording, wanted: Sequence[int], known: Mapping[int, KnownAxis]
+) -> None:
     """Decide, call by call, along which axis the samples lie, by what influences what.
 
     Outputs of some of the samples get random cotangents; a cut into samples is right if the
     gradients of the other samples are exactly zero.
     """
-    n, outputs = recording.samples, recording.outputs
+    n, outputs, calls = recording.samples, recording.outputs, recording.calls
+    recording.axes = [None] * len(calls)
     if outputs.ndim == 0 or outputs.shape[0] % n:
         recording.separable_outputs = False
-        recording.axes = [None] * len(recording.calls)
         return
-    candidates = [call.candidates(n) for call in recording.calls]
+    shapes = {k: tuple(calls[k].outputs.shape) for k in wanted}
+    if all(k in known and known[k].shape == shapes[k] for k in wanted):
+        for k in wanted:
+            recording.axes[k] = known[k].axis
+        return
+    candidates = {k: calls[k].candidates(n) for k in wanted}
     for outside, cotangent in masked_cotangents(recording):
-        gradients = recording.gradients(cotangent)
-        for k, gradient in enumerate(gradients):
+        gradients = recording.gradients(cotangent, wanted)
+        for k in wanted:
+            gradient = gradients[k]
             if gradient is None:
                 continue
             candidates[k] = [
                 axis for axis in candidates[k] if not bool(axis.first(gradient, n)[outside].any())
             ]
-    recording.axes = [found[0] if found else None for found in candidates]
+    for k, found in candidates.items():
+        recording.axes[k] = found[0] if found else None
 
 
 def used_elsewhere(recording: Recording, parameters: Iterable[Tensor]) -> set[int]:

@@ -260,4 +260,5 @@ def whole_plan(op: WholeOperator) -> BlockPlan | None:
     names = tuple(op.problem.params)
     parameters = tuple(op.problem.params[n] for n in names)
     calls = tuple(sorted({k for plan in op.plans.values() for k in plan.calls}))
-    return BlockPlan("all parameters", names, parameters, calls, ("gram",))
+    axes = {k: axis for plan in op.plans.values() for k, axis in plan.axes.items()}
+    return BlockPlan("all parameters", names, parameters, calls, ("gram",), axes=axes)

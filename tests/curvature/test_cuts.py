@@ -94,7 +94,9 @@ def _tokens(samples: int) -> cs.Problem:
 def test_shared_and_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = _tokens(5)
     names = ["first", "mix", "up", "down"]
-    monkeypatch.setattr(Cuts, "second", lambda s, z, r: SecondDerivative(s.total, z, z.shape, r))
+    monkeypatch.setattr(
+        Cuts, "second", lambda s, z, r: SecondDerivative(s.total, z, z.shape, r > 16)
+    )
     plain = {n: cs.hessian(problem, route="rows").blocks[n].dense() for n in names}
     monkeypatch.undo()
     chosen: list[Any] = []
