@@ -105,6 +105,10 @@ class ReportError(CurvscopeError, ValueError):
     """A folder holds no report, a damaged one, or one that only a newer version can read."""
 
 
+class ApproximationError(CurvscopeError, RuntimeError):
+    """The function of an approximation that the user registered raised an error of its own."""
+
+
 class StopTraining(CurvscopeError):
     """An alarm ends the training: raised out of ``monitor.step`` where the user asked for it."""
 

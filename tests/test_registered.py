@@ -132,6 +132,39 @@ def test_forgetting_what_is_not_registered_names_the_nearest() -> None:
         cs.forget_approximation("squares")
 
 
+def test_one_that_raises_is_named_and_costs_nothing_else(tmp_path: Path) -> None:
+    @cs.register_approximation("crash")
+    def crash(problem: cs.Problem) -> Operator:
+        raise ValueError("boom")
+
+    said = "The approximation 'crash' raised ValueError: boom (" + __file__
+    found = cs.coverage(problem())
+    assert found.not_available["crash"].startswith(said) and found.shares["crash"] == 0
+    assert found.shares["K-FAC"] == 1
+    paths = cs.make_report(problem(params=["2"]), tmp_path / "r", hessian=False, verification=False)
+    entries = json.loads(paths.json.read_text())["approximations"]
+    (reason,) = [e["reason"] for e in entries if e["name"] == "crash"]
+    assert reason.startswith(said)
+
+
+def test_what_an_approximation_changes_is_told_of_it_alone() -> None:
+    cs.register_approximation("random")(lambda p: squares(p, float(torch.rand(()))))
+
+    @cs.register_approximation("draws")
+    def draws(problem: cs.Problem) -> Operator:
+        torch.rand(3)
+        return squares(problem)
+
+    network = problem()
+    state = torch.get_rng_state()
+    found = cs.verify(network, samples=4)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert found.trust["leaving your objects unchanged"] == "trust"
+    assert "draws changes what is not its own: torch's random state" in found.reasons["draws"]
+    assert "made again" in found.reasons["random"]
+    assert "torch's random state" in found.reasons["random"]
+
+
 def test_an_error_in_an_approximation_is_placed_in_its_file() -> None:
     @cs.register_approximation("broken")
     def broken(problem: cs.Problem) -> Operator:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import time
-import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from ..curvature.registered import place_of
 from ..errors import (
+    ApproximationError,
     BackpackError,
     MemoryLimitError,
     NotDefinedError,
@@ -224,10 +222,12 @@ def run(entry: Entry, case: Case) -> Check:
         outcome = Outcome(SKIPPED, str(error))
     except (UnsupportedLossError, NotDefinedError, BackpackError) as error:
         outcome = Outcome(NOT_APPLICABLE, str(error))
+    except ApproximationError as error:
+        outcome = Outcome(FAILED, str(error))
     except Exception as error:  # a check that cannot run has found something out
         text = str(error).strip().splitlines() or ["without a message"]
         advice = "" if isinstance(error, _PLAIN) else _TWICE
-        sentence = f"It raised {type(error).__name__}: {text[0]}{_place(error)}"
+        sentence = f"It raised {type(error).__name__}: {text[0]}{place_of(error)}"
         outcome = Outcome(FAILED, sentence, advice=advice)
     return Check(
         name=entry.name,
@@ -249,16 +249,6 @@ _TWICE = (
     "If the message names an operation of the model, that operation cannot be differentiated "
     "(twice)."
 )
-
-
-def _place(error: Exception) -> str:
-    """Where the user's code raised: the last line outside of this package and of torch."""
-    frames = traceback.extract_tb(error.__traceback__)
-    inside = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
-    own = [frame for frame in frames if not frame.filename.startswith(inside)]
-    if not own:
-        return ""
-    return f" ({own[-1].filename}, line {own[-1].lineno}, in {own[-1].name})"
 
 
 def _trust(checks: tuple[Check, ...]) -> tuple[dict[str, str], dict[str, str]]:

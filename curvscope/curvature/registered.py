@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
-from ..errors import OptionError, nearest
+import torch
+
+from ..errors import ApproximationError, CurvscopeError, OptionError, nearest
 from ..operators import Operator
 from ..problem import Problem
 
@@ -32,8 +36,21 @@ class Registered:
     function: Make
 
     def make(self, problem: Problem) -> Operator:
-        """The operator; ``OptionError`` for anything that is none over the problem's parameters."""
-        op = self.function(problem)
+        """The operator; ``OptionError`` for anything that is none over the problem's parameters.
+
+        What the function raises becomes an ``ApproximationError`` with the name and the line, but
+        for errors of curvscope and ``MemoryError``.
+        """
+        try:
+            op = self.function(problem)
+        except (CurvscopeError, MemoryError):
+            raise
+        except Exception as error:
+            text = (str(error).strip().splitlines() or ["without a message"])[0]
+            raise ApproximationError(
+                f"The approximation {self.name!r} raised {type(error).__name__}: {text}"
+                f"{place_of(error)}."
+            ) from error
         if not isinstance(op, Operator):
             raise OptionError(
                 f"The approximation {self.name!r} returned {type(op).__name__}; it must return an "
@@ -45,6 +62,14 @@ class Registered:
                 "that is not over the problem's parameters; give it layout=problem.layout."
             )
         return op
+
+
+def place_of(error: Exception) -> str:
+    """Where the user's code raised: the last line outside of this package and of torch."""
+    frames = traceback.extract_tb(error.__traceback__)
+    inside = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
+    own = [frame for frame in frames if not frame.filename.startswith(inside)]
+    return f" ({own[-1].filename}, line {own[-1].lineno}, in {own[-1].name})" if own else ""
 
 
 def register_approximation(name: str, *, about: str = "") -> Callable[[Make], Make]:
@@ -59,7 +84,8 @@ def register_approximation(name: str, *, about: str = "") -> Callable[[Make], Ma
     place.
 
     Raises ``OptionError`` for an empty name, the name of an approximation of curvscope's own, and
-    what cannot be called.
+    what cannot be called. Where the function raises, reports and coverage list the approximation
+    as not available, with the error and its place.
 
     Cost: none; the function is called when it is needed.
 

@@ -262,7 +262,7 @@ def own_state(case: Case) -> Outcome:
 @register("side effects", about=CURVSCOPE, decides=("leaving your objects unchanged",))
 def side_effects(case: Case) -> Outcome:
     """Whether anything of the user's differs from before the first check."""
-    found = case.before.changes(Marks.of(case.problem))
+    found = [c for c in case.before.changes(Marks.of(case.problem)) if c not in case.blamed]
     if not found:
         return Outcome(
             PASSED,

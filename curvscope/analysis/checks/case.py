@@ -40,6 +40,7 @@ class Case:
     seed: int
     before: Marks
     notes: list[str] = field(default_factory=list)
+    blamed: list[str] = field(default_factory=list)  # changes by the user's own approximations
     kept: dict[str, Tensor] = field(default_factory=dict)
 
     @property

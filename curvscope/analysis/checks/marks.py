@@ -40,6 +40,15 @@ class Marks:
         """Places whose content differs, appeared or disappeared."""
         return changes(self.places, now.places)
 
+    def restore_random(self) -> None:
+        """Put the global random states back."""
+        torch.set_rng_state(self.places["torch's random state"])
+        if (state := self.places.get("CUDA's random state")) is not None:
+            torch.cuda.set_rng_state(state)
+        name, keys, *rest = self.places["NumPy's random state"]
+        np.random.set_state((name, np.asarray(keys, dtype=np.uint32), *rest))
+        random.setstate(self.places["Python's random state"])
+
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Places whose content differs, appeared or disappeared."""

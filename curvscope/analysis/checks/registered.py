@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -10,10 +11,11 @@ from ...curvature.registered import REGISTERED, Registered
 from ...operators import Operator
 from ...problem import Problem
 from ..batches import merge
-from ..result import number
+from ..result import listing, number
 from ..truth import materialised
-from .base import FAILED, OTHERS, Entry, Outcome, judged
+from .base import FAILED, OTHERS, PASSED, Entry, Outcome, judged
 from .case import Case
+from .marks import Marks
 
 _RANDOM = ("seed", "probes")  # settings of an approximation that draws random numbers
 
@@ -27,7 +29,7 @@ def entries() -> list[Entry]:
 
 
 def _check(found: Registered) -> Callable[[Case], Outcome]:
-    def check(case: Case) -> Outcome:
+    def properties(case: Case) -> Outcome:
         problem = case.few
         op, again = found.make(problem), found.make(problem)
         dense = _dense(op)
@@ -71,6 +73,24 @@ def _check(found: Registered) -> Callable[[Case], Outcome]:
             sentence,
             advice="Matrices are those of the mean objective; multiply sums by problem.scale.",
             details=details,
+        )
+
+    def check(case: Case) -> Outcome:
+        before = Marks.of(case.problem)
+        try:
+            outcome = properties(case)
+        finally:
+            changed = before.changes(Marks.of(case.problem))
+            case.blamed += changed
+            before.restore_random()
+        if not changed:
+            return outcome
+        said = f"{found.name} changes what is not its own: {listing(changed)}."
+        return replace(
+            outcome,
+            status=FAILED,
+            sentence=said if outcome.status == PASSED else f"{outcome.sentence} {said}",
+            advice="Draw from a torch.Generator with a seed of its own, and work on copies.",
         )
 
     return check
