@@ -61,7 +61,7 @@ class Buffers:
 
 
 def call_closure(closure: Closure, method: str) -> Tensor:
-    """Run the closure with gradients enabled and return its loss, one number."""
+    """Run the closure with gradients enabled and return its loss, one number without a graph."""
     with torch.enable_grad():
         loss = closure()
     if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -74,7 +74,7 @@ def call_closure(closure: Closure, method: str) -> Tensor:
         raise UnsupportedLossError(
             f"The loss is {loss.dtype}; {method} needs a floating-point loss."
         )
-    return loss
+    return loss.detach()
 
 
 def check_closure(closure: Any, method: str) -> Closure:
