@@ -12,6 +12,8 @@ from .headings import heading
 from .numbers import NOTHING, percent, shown
 from .summary import best, exact_on
 
+_TIMES = "\N{NO-BREAK SPACE}×\N{NO-BREAK SPACE}"  # a shape stays in one line
+
 
 def layer_records(found: Findings) -> list[dict[str, Any]]:
     """A record per layer: what it is, its exact curvature, and what is closest to it."""
@@ -77,7 +79,7 @@ def layer_table(found: Findings) -> Table:
     rows = []
     for record in layer_records(found):
         shapes = ", ".join(
-            f"{name.rpartition('.')[2]} {' × '.join(map(str, shape))}"
+            f"{name.rpartition('.')[2]} {_TIMES.join(map(str, shape))}"
             for name, shape in record["shapes"].items()
         )
         negative = record["negative_eigenvalues"]

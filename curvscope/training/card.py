@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from ..analysis.comparison import place
 from ..display import Card, Table, spark
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def _curves(rows: dict[str, list[dict[str, Any]]]) -> list[tuple[str, str]]:
             if isinstance(row.get(column), float):
                 lines.setdefault(str(row.get("block", "")), []).append(row[column])
         for block, values in list(lines.items())[:_MOST]:
-            name = caption.format(block=block)
+            name = caption.format(block=place(block))
             found.append((name, spark(values, f"{name}, over the steps")))
     return found
 

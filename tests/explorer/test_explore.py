@@ -94,7 +94,7 @@ def test_a_run_shows_itself(run: Path) -> None:
     found = cs.Run(run)
     text = found._repr_html_()
     well_formed(text)
-    assert "net, K-FAC" in text and "loss, over the steps" in text and "error of 2" in text
+    assert "net, K-FAC" in text and "loss, over the steps" in text and "error of block 2" in text
     assert all(f">{measure}</td>" in text for measure in found.measures)
     assert "_scan" not in dir(found) and {"frame", "alarms", "spectra"} <= set(dir(found))
 
