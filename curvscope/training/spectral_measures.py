@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from ..analysis.estimators.density import density
@@ -14,6 +15,23 @@ from .moment import Moment
 from .sharpness import preconditioned_sharpness
 
 
+def roots_of_rates(moment: Moment) -> Tensor | None:
+    """Square roots of every entry's learning rate ``[P]``; ``None`` where all are the same."""
+    groups = moment.optimizer.param_groups
+    rates = {id(p): float(g["lr"]) for g in groups if "lr" in g for p in g["params"]}
+    problem = moment.problem
+    named = dict(problem.user_model.named_parameters())
+    mine = [rates.get(id(named[name])) for name in problem.layout.names]
+    if len({rate for rate in mine if rate is not None}) <= 1:
+        return None
+    sizes = [problem.params[name].numel() for name in problem.layout.names]
+    parts = [
+        torch.full((n,), math.sqrt(r or 0.0), dtype=torch.float64)
+        for n, r in zip(sizes, mine, strict=True)
+    ]
+    return torch.cat(parts).to(problem.device)
+
+
 @register
 class Sharpness(Measure):
     """``lambda_max`` of the Hessian on the probe, and ``product``, it times the learning rate.
@@ -21,8 +39,11 @@ class Sharpness(Measure):
     Gradient descent is stable on a quadratic below ``product = 2`` (Cohen et al. 2021). Of an
     optimizer with a preconditioner ``P`` that covers all parameters, ``preconditioned`` is the
     largest eigenvalue of ``P H`` and ``preconditioned_product`` that times the learning rate, whose
-    limit is 2 as well (Cohen et al. 2022). Lanczos with ``steps`` products at most, fewer once the
-    residual is below ``tol`` of the value; ``residual`` bounds the error of ``lambda_max``.
+    limit is 2 as well (Cohen et al. 2022). Where learning rates differ between parameters, ``D``
+    being the diagonal matrix of them, both products are largest eigenvalues, of ``D H`` and of
+    ``P D^1/2 H D^1/2``, and ``lr`` is the largest rate. Lanczos with ``steps`` products at most,
+    fewer once the residual is below ``tol`` of the value; ``residual`` bounds the error of
+    ``lambda_max``.
     """
 
     name = "sharpness"
@@ -46,6 +67,16 @@ class Sharpness(Measure):
         )
         top = float(values[0])
         row = {"lambda_max": top, "residual": float(residuals[0]), "lr": lr, "product": top * lr}
+        roots = roots_of_rates(moment)
+
+        def scaled(vector: Tensor) -> Tensor:
+            return product(vector) if roots is None else roots * product(roots * vector)
+
+        if roots is not None:
+            values, _, _ = leading_by_products(
+                scaled, size, device=H.device, steps=steps, tol=self.tol, positive=True
+            )
+            row["product"] = float(values[0])
         P = moment.preconditioner
         row["covered"] = P is None or not P.uncovered
         if P is not None and not P.uncovered:
@@ -53,11 +84,15 @@ class Sharpness(Measure):
                 product, P, steps=self.steps, seed=moment.seed, tol=self.tol
             )
             row |= {"preconditioned": inner, "preconditioned_product": inner * lr}
+            if roots is not None:
+                row["preconditioned_product"] = preconditioned_sharpness(
+                    scaled, P, steps=self.steps, seed=moment.seed, tol=self.tol
+                )
         return [row]
 
     def price(self, moment: Moment) -> float:
         """Two runs of products, not all of them taken, with the graph at hand."""
-        return 2.0 * self.steps + 5
+        return (2.0 if roots_of_rates(moment) is None else 4.0) * self.steps + 5
 
 
 @register

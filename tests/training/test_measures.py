@@ -170,6 +170,40 @@ def test_sharpness_trace_spectrum_and_concentration(tmp_path: Path) -> None:
         assert far == pytest.approx(float((P - nearest).norm() / P.norm()), rel=1e-6)
 
 
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.RMSprop])
+def test_sharpness_with_several_learning_rates(kind: Any) -> None:
+    """A large rate of flat directions is no reason to fear for the steep ones."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+    model = model.double()
+    data = 10 * torch.randn(12, 3).double(), torch.randn(12, 2).double()
+    problem = cs.Problem(model, torch.nn.MSELoss(), data)
+    rates = {"0.weight": 1e-4, "0.bias": 1e-3, "2.weight": 0.05, "2.bias": 0.2}
+    groups = [{"params": [model.get_parameter(n)], "lr": lr} for n, lr in rates.items()]
+    optimizer = kind(groups, lr=0.1)
+    measure = cs.training.Sharpness(steps=40, tol=0)
+    with cs.Monitor(
+        problem, optimizer, every=1, budget=None, measures=[measure], probe="all"
+    ) as monitor:
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = torch.nn.functional.mse_loss(model(data[0]), data[1])
+            loss.backward()
+            optimizer.step()
+            monitor.step(loss)
+    row = monitor.frame("sharpness").iloc[-1]
+    H = cs.hessian(problem).dense()
+    lr = torch.cat([torch.full_like(model.get_parameter(n), r).flatten() for n, r in rates.items()])
+    truth = torch.linalg.eigvals(lr.detach().diag() @ H).real.max()
+    assert row["product"] == pytest.approx(float(truth), rel=1e-6)
+    assert row["lr"] == 0.2 and row["lambda_max"] * row["lr"] > 1.1 * row["product"]
+    if kind is torch.optim.RMSprop:
+        moments = [optimizer.state[model.get_parameter(n)]["square_avg"].flatten() for n in rates]
+        steps = lr.detach() / (torch.cat(moments).sqrt() + 1e-8)
+        truth = torch.linalg.eigvals(steps.diag() @ H).real.max()
+        assert row["preconditioned_product"] == pytest.approx(float(truth), rel=1e-6)
+
+
 def test_densities_are_those_of_cs_density(tmp_path: Path) -> None:
     seen: dict[int, Any] = {}
 
