@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -25,6 +26,7 @@ from .structure import is_structured
 
 _BUDGET = 100
 STEPS = ("step_angle", "predicted_decrease", "actual_decrease", "decrease_ratio", "step_efficiency")
+_NEEDED = re.compile(r"indefinite .*; a damping above (\S+) ")
 _UNITS = 25.0  # of rounding, up to which a relative error is none
 _LEAST = 8  # products below which an estimate has no standard error worth the name
 
@@ -152,12 +154,8 @@ def compare(
             "damping= was given without gradient=: the metrics of steps are NaN; pass "
             "gradient=problem as well."
         )
-    lacking = list(dict.fromkeys(row.approximation for row in job.rows if _no_step(row)))
-    if vector is not None and lacking:
-        warnings.append(
-            f"The steps of {listing(lacking)} are not defined everywhere, because a matrix is "
-            "singular: pass a larger damping=. The column note says where."
-        )
+    if vector is not None:
+        warnings += _without_steps(job.rows)
     if job.noisy:
         where = listing([place(name) for name in job.noisy])
         warnings.append(
@@ -205,9 +203,31 @@ def _rounding(*ops: Operator) -> float:
     return max(SAME, *(_UNITS * float(torch.finfo(op.dtype).eps) for op in ops))
 
 
-def _no_step(row: Row) -> bool:
-    """Whether a step is missing for want of damping."""
-    return any("damping" in row.reasons.get(name, "") for name in STEPS)
+def _without_steps(rows: Sequence[Row]) -> list[str]:
+    """Whose steps, or what is measured by them, damping would make defined, and why."""
+    singular: dict[str, None] = {}
+    indefinite: dict[str, None] = {}
+    needed = 0.0
+    for row in rows:
+        for reason in (row.reasons.get(name, "") for name in STEPS):
+            if found := _NEEDED.search(reason):
+                indefinite[row.approximation] = None
+                needed = max(needed, float(found[1]))
+            elif "damping" in reason:
+                singular[row.approximation] = None
+    warnings = []
+    if singular:
+        warnings.append(
+            f"The steps of {listing(list(singular))} are not defined everywhere, because a matrix "
+            "is singular: pass a larger damping=. The column note says where."
+        )
+    if indefinite:
+        warnings.append(
+            f"How good the steps of {listing(list(indefinite))} are is not defined everywhere, "
+            "because the reference is indefinite there and its model has no minimum: pass a "
+            f"damping= above {needed:.3g}. The column note says where."
+        )
+    return warnings
 
 
 def _check(tol: float | None, budget: int | None) -> None:

@@ -49,9 +49,10 @@ def need_nonzero(facts: Facts) -> None:
 def need_definite(facts: Facts, damping: float) -> None:
     """Refuse a model without a minimum; large matrices are judged by conjugate gradients."""
     if facts.small and float(facts.eigenvalues[0]) + damping < -facts.tolerance:
+        least = float(facts.eigenvalues[0])
         raise NotDefinedError(
             f"The {facts.name} with damping {damping:g} is indefinite (smallest eigenvalue "
-            f"{float(facts.eigenvalues[0]):.3g}), so its model has no minimum."
+            f"{least:.3g}), so its model has no minimum; a damping above {-least:.3g} gives it one."
         )
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import curvscope as cs
-from curvscope.operators import Operator
+from curvscope.operators import DenseOperator, IdentityOperator, Operator
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +26,19 @@ def test_the_frame_says_why_a_step_is_missing(problem: cs.Problem) -> None:
     assert any("steps of K-FAC are not defined everywhere" in text for text in found.warnings)
     damped = cs.compare(cs.ggn(problem), {"K-FAC": cs.kfac(problem)}, gradient=problem, damping=0.1)
     assert set(damped.to_frame()["note"]) == {""} and not damped.warnings
+
+
+def test_an_indefinite_reference_is_named_with_the_damping_it_needs() -> None:
+    matrix = torch.diag(torch.tensor([1.0, 2.0, -0.106], dtype=torch.float64))
+    gradient = torch.ones(3, dtype=torch.float64)
+    pair = DenseOperator(matrix), {"it": IdentityOperator(3, 1.0, dtype=torch.float64)}
+    found = cs.compare(*pair, gradient=gradient, damping=0.01)
+    (warning,) = [text for text in found.warnings if "not defined everywhere" in text]
+    assert "singular" not in warning and "indefinite" in warning
+    assert "damping= above 0.106" in warning
+    assert "a damping above 0.106" in found.rows[0].reasons["step_efficiency"]
+    better = cs.compare(*pair, gradient=gradient, damping=0.107)
+    assert not [text for text in better.warnings if "not defined everywhere" in text]
 
 
 def test_damping_without_a_gradient_says_a_word(problem: cs.Problem) -> None:
