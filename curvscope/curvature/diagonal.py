@@ -341,7 +341,14 @@ def adafisher_reason(plan: BlockPlan, calls: list[Call]) -> str | None:
             return "the block spans several layers"
         return None
     if plan.view is None:
-        return f"AdaFisher has no rule for {first.kind.name}, or the block is not one layer"
+        if not first.kind.kronecker:
+            return f"AdaFisher has no rule for {first.kind.name}"
+        if not any(p is first.weight for p in plan.parameters):
+            return (
+                f"the block has not the weight of its {first.kind.name}, which is tied to another "
+                "layer's, in another block or left out"
+            )
+        return "the block is not the weight (and bias) of one layer"
     return None
 
 

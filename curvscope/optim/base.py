@@ -261,8 +261,24 @@ class CurvatureOptimizer(Inspection, torch.optim.Optimizer):
         what = "gradient" if loss is None or checks.finite(loss) else "loss"
         raise NonFiniteError(
             f"{self.method} did not take step {self.steps + 1}: the {what} is NaN or infinite; "
-            f"first seen in {where}. Parameters and state are unchanged. Lower lr or raise "
-            "damping, and go back to an earlier checkpoint if the parameters are already too large."
+            f"first seen in {where}. Parameters and state are unchanged. {self._advice(where)}"
+        )
+
+    def _advice(self, where: str) -> str:
+        """What to do about NaN or infinity that began in ``where``."""
+        modules = [(name or ROOT, m) for name, m in self.model.named_modules()]
+        leaves = [(name, m) for name, m in modules if next(m.children(), None) is None]
+        first = [name for name, _ in leaves[:1]]  # what it is fed comes from no other layer
+        first += [name for name, m in leaves if any(True for _ in m.parameters())][:1]
+        if where in [f"the input of layer {name!r}" for name in first]:
+            return (
+                "It is the first layer, so look for NaN and infinity in the data, and at what is "
+                "done to them before it."
+            )
+        damped = hasattr(self, "damping") or any("damping" in g for g in self.param_groups)
+        return (
+            f"Lower lr{' or raise damping' * damped}, and go back to an earlier checkpoint if the "
+            "parameters are already too large."
         )
 
     def _check_gradients(self) -> None:

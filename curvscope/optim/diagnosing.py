@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..problem.blocks import ROOT
 from .passes import Buffers, RandomState
 
 
@@ -48,7 +49,9 @@ def first_bad_layer(
 
         return look
 
-    leaves = [(n, m) for n, m in model.named_modules() if not any(True for _ in m.children())]
+    leaves = [
+        (n or ROOT, m) for n, m in model.named_modules() if not any(True for _ in m.children())
+    ]
     handles = [module.register_forward_hook(hook(name)) for name, module in leaves]
     state, buffers = RandomState(device), Buffers(model)
     try:

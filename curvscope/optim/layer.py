@@ -109,5 +109,8 @@ def _refusal(
     if not mine <= known:
         return f"{kind} has parameters besides weight and bias"
     if id(module.weight) not in mine:
+        others = [name for name in owners.get(id(module.weight), []) if name != block]
+        if others:
+            return f"its weight is shared with {' and '.join(others)}"
         return "its weight is frozen or belongs to another optimizer"
     return None

@@ -134,6 +134,7 @@ def test_tied_parameters_stand_once_with_all_names(covered) -> None:
     assert "Tied: first.weight = second.weight" in found.summary()
     assert "layers with different biases" in found.cell("first.weight", "K-FAC").reason
     assert found.cell("first.weight", "BackPACK DiagGGNExact").status == "uncovered"
+    assert "tied to another" in found.cell("second.bias", "AdaFisher factors").reason
 
 
 def test_what_is_ignored(covered) -> None:

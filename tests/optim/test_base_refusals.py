@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from curvscope import errors
-from curvscope.optim import KBFGS, KFAC
+from curvscope.optim import KBFGS, KFAC, AdaFisher
 from curvscope.optim.fallback import adam_update, sgd_update
 
+from .every_method import Method, each_method
 from .kronecker_cases import (
     closure_of,
     every_method,
@@ -259,3 +260,41 @@ def test_unknown_and_uncovered_blocks(make: Any) -> None:
     assert set(optimizer.factors("0")) == {"A", "G", "H_a", "H_g"}
     optimizer.factors("0")["A"].zero_()
     assert float(optimizer.factors("0")["A"].norm()) > 0  # copies
+
+
+def test_the_bias_of_a_layer_with_anothers_weight_is_given_its_reason() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
+    model[2].weight = model[0].weight
+    for optimizer in (KBFGS(model, 0.1, 0.3), AdaFisher(model)):
+        reasons = {row["parameter"]: row["reason"] for row in optimizer.coverage()}
+        assert reasons["2.bias"] == "its weight is shared with 0"
+
+
+@each_method
+def test_advice_fits_where_it_began_and_what_the_method_has(method: Method) -> None:
+    model = small()
+    optimizer = method.build(model)
+    x, y = normal(7, 5), labels(7)
+    bad = x.clone()
+    bad[2, 1] = math.nan
+    with pytest.raises(errors.NonFiniteError, match="look for NaN and infinity in the data") as one:
+        optimizer.step(method.closure(optimizer, model, bad, y))
+    assert "damping" not in str(one.value) and "Lower lr" not in str(one.value)
+    closure = method.closure(optimizer, model, x, y, lambda z, t: F.cross_entropy(z, t) / 0.0)
+    with pytest.raises(errors.NonFiniteError, match="Lower lr") as other:
+        optimizer.step(closure)
+    assert ("raise damping" in str(other.value)) == (method.name != "AdaHessian")
+
+
+@each_method
+def test_advice_where_a_layer_within_is_fed_infinity(method: Method) -> None:
+    class Inverse(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 1 / (0 * x)
+
+    model = nn.Sequential(nn.Linear(5, 4), Inverse(), nn.Linear(4, 3)).double()
+    optimizer = method.build(model)
+    closure = method.closure(optimizer, model, normal(7, 5), labels(7))
+    with pytest.raises(errors.NonFiniteError, match="Lower lr") as caught:
+        optimizer.step(closure)
+    assert "in the data" not in str(caught.value)
