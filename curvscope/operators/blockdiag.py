@@ -233,6 +233,11 @@ def _members(
     """Parameter names of every block, in the layout's order, checked to be disjoint."""
     given: dict[str, Sequence[str]] = dict(members or {})
     for name, block in blocks.items():
+        if not isinstance(block, Operator):
+            raise OptionError(
+                f"Block {name!r} must be an Operator, not {type(block).__name__}. Leave out a "
+                "block that is not defined: members= then says which parameters are uncovered."
+            )
         if name not in given:
             if members is not None or block.layout is None:
                 raise OptionError(
@@ -262,6 +267,7 @@ def _fitting(name: str, block: Operator, layout: Layout) -> Operator:
             f"{list(layout.names)} have {layout.numel}."
         )
     if block.layout is None:
+        _check_order(name, block, layout)
         block = copy.copy(block)
         block.layout = layout
     elif block.layout != layout:
@@ -270,6 +276,23 @@ def _fitting(name: str, block: Operator, layout: Layout) -> Operator:
             f"{list(block.layout.names)}, not of {list(layout.names)} in this order."
         )
     return block
+
+
+def _check_order(name: str, block: Operator, layout: Layout) -> None:
+    """Refuse factors of ``[W b]`` in the order of the parameters, where the bias comes last."""
+    view = getattr(block, "view", None)
+    if view is None or view.perm is not None or "kronecker" not in type(block).__name__.lower():
+        return
+    shapes = [tuple(spec.shape) for spec in layout]
+    if len(shapes) != 2 or len(shapes[0]) < 2 or shapes[1] != shapes[0][:1] or shapes[1][0] == 1:
+        return
+    inp = math.prod(shapes[0][1:])
+    if view.inp == inp + 1:
+        raise OptionError(
+            f"Block {name!r} is a weight and a bias, of which its factors take the bias for the "
+            f"last column: pass view=MatrixView.for_weight_and_bias({shapes[1][0]}, {inp}"
+            f"{f', groups={view.groups}' if view.groups > 1 else ''}), which says so."
+        )
 
 
 def _uncovered_names(

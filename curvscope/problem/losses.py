@@ -389,7 +389,17 @@ class Generic(Loss):
         )
 
     def total(self, outputs: Tensor, targets: Any) -> Tensor:
-        return self._total(outputs, targets)
+        value = self._total(outputs, targets)
+        wanted = torch.is_grad_enabled() and outputs.requires_grad
+        if not wanted or not isinstance(value, Tensor) or value.requires_grad:
+            return value
+        if bool((value == 0).all()):  # a batch in which nothing counts
+            return value + 0.0 * outputs.sum()
+        raise UnsupportedLossError(
+            f"The value of the loss {self.name} does not depend on the outputs as far as autograd "
+            "can tell: compute it with torch from the outputs, without detach(), item(), "
+            "torch.no_grad() or NumPy; where it is constant on purpose, add 0 * outputs.sum()."
+        )
 
     def count(self, outputs: Tensor, targets: Any) -> float:
         return self._count(outputs, targets)

@@ -346,6 +346,8 @@ class Problem(Shown):
         """Unnormalised loss of a batch; errors of the loss become ``TargetError``."""
         try:
             value = self.loss.total(outputs, targets)
+        except UnsupportedLossError:  # which says better what is wrong
+            raise
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             raise TargetError(
                 f"The loss {self.loss.name} failed on outputs of shape {list(outputs.shape)}: "

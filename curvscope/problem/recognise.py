@@ -116,6 +116,11 @@ def _as_module(loss: Any, reduction: Reduction) -> nn.Module | None:
                 "loss=lambda outputs, targets: ..., reduction='sum' or 'mean'."
             )
         return None
+    if isinstance(loss, Loss):
+        raise UnsupportedLossError(
+            "The loss is the .loss of a Problem, as it is computed with; pass the one that the "
+            "Problem was given, problem.user_loss, and reduction= if that was given too."
+        )
     if not callable(loss):
         raise UnsupportedLossError(
             f"The loss must be a torch.nn loss or a callable loss(outputs, targets), "

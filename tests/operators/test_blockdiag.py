@@ -20,6 +20,7 @@ from curvscope.operators import (
     IdentityOperator,
     KroneckerOperator,
     Layout,
+    MatrixView,
     ParameterSpec,
     Sum,
     inner,
@@ -200,3 +201,16 @@ def test_without_any_block() -> None:
     op = BlockDiagonalOperator({}, LAYOUT, MEMBERS, uncovered="zero")
     assert op.uncovered == ("fc1", "norm", "fc2")
     assert op.trace() == 0.0 and float((op @ torch.ones(13)).abs().max()) == 0.0
+
+
+def test_what_is_no_operator_and_factors_in_another_order_are_refused() -> None:
+    layout = Layout([ParameterSpec("w", (4, 2)), ParameterSpec("b", (4,))])
+    with pytest.raises(OptionError, match="'layer' must be an Operator, not NoneType"):
+        BlockDiagonalOperator({"layer": None}, layout)  # type: ignore[dict-item]
+    with pytest.raises(OptionError, match=r"view=MatrixView.for_weight_and_bias\(4, 2\)"):
+        BlockDiagonalOperator({"layer": KroneckerOperator(spd(4), spd(3))}, layout, {"layer": "wb"})
+    view = MatrixView.for_weight_and_bias(4, 2)
+    block = KroneckerOperator(spd(4), spd(3), view)
+    assert torch.equal(
+        BlockDiagonalOperator({"layer": block}, layout, {"layer": "wb"}).dense(), block.dense()
+    )

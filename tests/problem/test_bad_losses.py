@@ -85,6 +85,25 @@ LOSSES: dict[str, Refusal] = {
         errors.UnsupportedLossError,
         ("not one number", "reduction="),
     ),
+    "without the outputs": (
+        lambda: cs.ggn(
+            problem(lambda z, y: z.detach().square().sum(), (X, Z), reduction="sum")
+        ).trace(),
+        errors.UnsupportedLossError,
+        ("does not depend on the outputs", "detach()", "0 * outputs.sum()"),
+    ),
+    "Hessian without the outputs": (
+        lambda: cs.hessian(
+            problem(lambda z, y: z.detach().square().sum(), (X, Z), reduction="sum")
+        ).trace(),
+        errors.UnsupportedLossError,
+        ("does not depend on the outputs", "detach()"),
+    ),
+    "the loss of a Problem": (
+        lambda: problem(problem().loss),
+        errors.UnsupportedLossError,
+        (".loss of a Problem", "problem.user_loss"),
+    ),
     "no callable": (
         checked("cross_entropy"),
         errors.UnsupportedLossError,
@@ -146,3 +165,9 @@ LOSSES: dict[str, Refusal] = {
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses(name: str) -> None:
     refused(LOSSES[name][0], LOSSES[name][1], *LOSSES[name][2])
+
+
+def test_a_loss_of_nothing_has_zero_curvature() -> None:
+    nothing = problem(lambda z, y: (y * 0).sum(), (X, Z), reduction="sum")
+    for matrix in (cs.ggn(nothing), cs.hessian(nothing)):
+        assert matrix.trace() == 0.0 and not bool(matrix.dense().any())
