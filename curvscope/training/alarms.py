@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -102,9 +102,20 @@ class DampingFires(Alarm):
                     row["block"],
                     fires,
                     f"the damping {list(self.counters.values())[k]} fired in "
-                    f"{100 * shares[k]:.0f} % of the last {steps} steps",
+                    f"{100 * shares[k]:.0f} % of the last {steps} steps{_advice(k, row)}",
                 )
             past.append([step, *counts])
+
+
+def _advice(counter: int, row: Mapping[str, Any]) -> str:
+    """What the last pair measured, and what to try, where it was raised to the damping."""
+    before, after = row.get("sy_ss_before"), row.get("sy_ss_after")
+    if counter != 1 or before is None or after is None or not before < after:
+        return ""
+    return (
+        f"; the last pair's s'y/s's of {before:.2g} was raised to {after:.2g}, as all are that "
+        "lie below sqrt(damping): try a third of the damping, or larger batches"
+    )
 
 
 class NearIdentity(Alarm):

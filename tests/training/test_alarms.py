@@ -57,6 +57,15 @@ def test_damping_fires() -> None:
     assert [text.split()[:2] for text in found] == [["55", "raised"], ["115", "over"]]
 
 
+def test_damping_that_fires_says_what_to_try() -> None:
+    records = damping(lambda step: True, 60)
+    for _, _, rows in records:
+        rows[0].update(sy_ss_before=0.02, sy_ss_after=0.1)
+    (found,) = shown(DampingFires(), records)
+    assert "s'y/s's of 0.02 was raised to 0.1," in found
+    assert found.endswith("try a third of the damping, or larger batches")
+
+
 def test_damping_is_not_judged_by_a_few_steps() -> None:
     assert shown(DampingFires(), damping(lambda step: True, 50)) == []  # no count of step 0
     assert shown(DampingFires(window=10), damping(lambda step: True, 15))
