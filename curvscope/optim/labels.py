@@ -11,6 +11,7 @@ graph is visited, because the search passes through linear nodes only.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -92,7 +93,7 @@ class BackwardWatch(TorchFunctionMode):
 def read_loss(loss: Tensor) -> list[Head]:
     """The heads of a loss whose graph is alive; raises ``UnsupportedLossError`` without any."""
     root = loss.grad_fn
-    nodes = _loss_nodes(root) if root is not None else []
+    nodes, others = _loss_nodes(root) if root is not None else ([], [])
     heads = []
     if nodes:
         edges = [GradientEdge(node, 0) for node in nodes]
@@ -104,6 +105,16 @@ def read_loss(loss: Tensor) -> list[Head]:
             f"autograd node is {root.name() if root is not None else 'none'}): pass "
             "loss=nn.CrossEntropyLoss(), nn.MSELoss(), nn.BCEWithLogitsLoss() or one of "
             f"{', '.join(map(repr, STRINGS))}, or use fisher='empirical'."
+        )
+    shared = _behind(nodes) if others else set()
+    unread = sorted({_name(node) for node in others if shared & _behind([node])})
+    if unread:
+        warnings.warn(
+            "K-FAC reads a part of the loss only: the terms that end in the autograd nodes "
+            f"{', '.join(unread)} are no log-likelihood that it knows, so its factors are without "
+            "them. Use the losses of torch.nn for all terms that have a distribution, or "
+            "fisher='empirical'; for a penalty this is right.",
+            stacklevel=2,
         )
     return [head for head in heads if head is not None]
 
@@ -150,9 +161,29 @@ def named_loss(loss: Any) -> Loss | str | None:
     return found
 
 
-def _loss_nodes(root: Any) -> list[Any]:
-    """The topmost nodes that end a log-likelihood, reached through linear nodes only."""
+def _behind(nodes: Sequence[Any]) -> set[Any]:
+    """All that the nodes depend on, but for the parameters."""
+    seen: set[Any] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if (
+            node is not None
+            and node not in seen
+            and _name(node) != "torch::autograd::AccumulateGrad"
+        ):
+            seen.add(node)
+            stack += [below for below, _ in node.next_functions]
+    return seen
+
+
+def _loss_nodes(root: Any) -> tuple[list[Any], list[Any]]:
+    """The topmost nodes that end a log-likelihood, reached through linear nodes only, and others.
+
+    The others are not linear and end no log-likelihood that is known.
+    """
     found: list[Any] = []
+    others: list[Any] = []
     seen: set[Any] = set()
     stack = [root]
     while stack:
@@ -165,11 +196,14 @@ def _loss_nodes(root: Any) -> list[Any]:
         if name in ("LogSoftmax", "MseLoss", "BinaryCrossEntropyWithLogits", "BinaryCrossEntropy"):
             found.append(node)
         elif name in ("NllLoss", "NllLoss2D"):
-            inner = [n for n in _loss_nodes(below[0]) if _name(n) == "LogSoftmax"] if below else []
+            ends = _loss_nodes(below[0])[0] if below else []
+            inner = [n for n in ends if _name(n) == "LogSoftmax"]
             found += inner or ([node] if below else [])
         elif name in _LINEAR and not (name in ("Mul", "Div", "Dot") and len(below) > 1):
             stack += below
-    return list(dict.fromkeys(found))
+        else:
+            others.append(node)
+    return list(dict.fromkeys(found)), others
 
 
 def _head(node: Any, upstream: Tensor) -> Head | None:

@@ -219,3 +219,31 @@ def test_sampled_labels_of_a_weighted_loss_on_average() -> None:
     )
     z = (draws.mean(0) - truth) / (draws.std(0) / math.sqrt(len(draws)))
     assert float(z.abs().max()) < 4
+
+
+@pytest.mark.parametrize("kind", ["second term", "penalty of outputs", "weights", "known terms"])
+def test_terms_that_cannot_be_read_are_told(kind: str, recwarn: pytest.WarningsRecorder) -> None:
+    """A term of the outputs beside a likelihood; a penalty of the weights is none."""
+    model = small()
+    optimizer = KFAC(model, lr=0.1, damping=1.0, fisher="exact")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        z = model(X)
+        loss = F.cross_entropy(z, Y)
+        if kind == "second term":
+            loss = loss + 0.3 * ((z - REAL) ** 2).mean()
+        elif kind == "penalty of outputs":
+            loss = loss + 0.1 * z.abs().sum()
+        elif kind == "weights":
+            loss = loss + 0.1 * sum((p**2).sum() for p in model.parameters())
+        else:
+            loss = loss + 0.3 * F.mse_loss(z, REAL)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    told = [str(w.message) for w in recwarn if "part of the loss" in str(w.message)]
+    expected = {"second term": "Pow", "penalty of outputs": "Abs"}
+    assert len(told) == (kind in expected)
+    assert kind not in expected or expected[kind] in told[0]
