@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..operators import Operator
@@ -14,6 +15,7 @@ from .result import Cost, Result, as_cpu, number
 
 _SMALL = 200  # rows up to which the matrix is formed
 _BYTES = 256 * 2**20  # for the basis
+_SHOWN = 1e-5  # residual relative to the largest magnitude that a sentence has
 _CLOSE = 0.01  # residual relative to the largest magnitude that counts as converged
 
 
@@ -22,8 +24,10 @@ class Extremes(Result):
     """The largest and the smallest eigenvalues of a matrix; returned by :func:`extremes`.
 
     ``largest`` descends, ``smallest`` ascends. An eigenvalue lies within the residual
-    (``largest_residuals``, ``smallest_residuals``) of each. They are Ritz values, so the smallest
-    eigenvalue of all is at most ``smallest[0]``, and the largest at least ``largest[0]``.
+    (``largest_residuals``, ``smallest_residuals``) of each; none is below the rounding of the
+    matrix's type, its machine epsilon times the largest magnitude. They are Ritz
+    values, so the smallest eigenvalue of all is at most ``smallest[0]``, and the largest at least
+    ``largest[0]``.
     """
 
     of: str
@@ -47,8 +51,9 @@ class Extremes(Result):
 
     def summary(self) -> str:
         """Both ends in a sentence."""
+        shown = _SHOWN * max(abs(self.smallest[0]), abs(self.largest[0]))
         low, high = (
-            number(value) + (f" ± {number(residual, 2)}" if residual else "")
+            number(value) + (f" ± {number(residual, 2)}" if residual > shown else "")
             for value, residual in (
                 (self.smallest[0], self.smallest_residuals[0]),
                 (self.largest[0], self.largest_residuals[0]),
@@ -65,12 +70,12 @@ def extremes(op: Operator, count: int = 3, *, steps: int = 48) -> Extremes:
     at either end has a residual below a hundredth of the largest magnitude.
     """
     start = time.perf_counter()
-    size = op.shape[0]
+    size, eps = op.shape[0], float(torch.finfo(op.dtype).eps)
     settings = {"count": count, "steps": steps}
     used = 0
     if size <= _SMALL:
         values = as_cpu(op.eigenvalues()).sort().values
-        residuals = values.new_zeros(size)
+        residuals = values.new_full((size,), float(values.abs().max()) * eps)
     else:
         steps = max(8, min(steps, size, _BYTES // (16 * size)))
 
@@ -80,7 +85,7 @@ def extremes(op: Operator, count: int = 3, *, steps: int = 48) -> Extremes:
             return (op @ vector).to(vector)
 
         values, _, residuals = leading_by_products(
-            product, size, steps, device=op.device, steps=steps, tol=0.0
+            product, size, steps, device=op.device, steps=steps, tol=0.0, dtype=op.dtype
         )
         order = values.argsort()
         values, residuals = as_cpu(values[order]), as_cpu(residuals[order])

@@ -82,12 +82,15 @@ def leading_by_products(
     steps: int = _STEPS,
     tol: float = _TOL,
     positive: bool = False,
+    dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Lanczos with full reorthogonalisation: values, vectors ``[d, count]`` and residuals.
 
     ``product`` maps ``[d]`` to ``[d]`` in float64. At most ``steps`` products; stops once all
     residuals are below ``tol`` times the first value's magnitude. Values are ordered by magnitude,
-    or with ``positive`` by value, so that the first is the largest.
+    or with ``positive`` by value, so that the first is the largest. Residuals are at least the
+    rounding of ``dtype``, in which ``product`` computes: its machine epsilon times the largest
+    magnitude.
     """
     steps = min(steps, size)
     basis = torch.zeros(steps, size, dtype=torch.float64, device=device)
@@ -110,7 +113,7 @@ def leading_by_products(
         done = len(order) == count and float(residuals.max()) <= tol * float(values[0].abs())
         if done or step == steps - 1 or length <= 1e-14 * max(top, math.ulp(1.0)):
             vectors = basis[: step + 1].mT @ rotation.to(device)
-            return values, vectors, residuals
+            return values, vectors, residuals.clamp_min(torch.finfo(dtype).eps * top)
         beside.append(length)
         basis[step + 1] = image / length
     raise AssertionError("unreachable")

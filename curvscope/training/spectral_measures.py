@@ -63,7 +63,13 @@ class Sharpness(Measure):
         size, steps = H.shape[0], min(self.steps, H.shape[0])
         # the largest in magnitude may be negative
         values, _, residuals = leading_by_products(
-            product, size, device=H.device, steps=steps, tol=self.tol, positive=True
+            product,
+            size,
+            device=H.device,
+            steps=steps,
+            tol=self.tol,
+            positive=True,
+            dtype=H.dtype,
         )
         top = float(values[0])
         row = {"lambda_max": top, "residual": float(residuals[0]), "lr": lr, "product": top * lr}
@@ -121,7 +127,8 @@ class Spectrum(Measure):
     """The ``count`` leading eigenvalues of the reference over all parameters.
 
     ``largest`` and ``smallest`` of them, and as tensors ``eigenvalues`` (by magnitude) and
-    ``residuals``, each bounding the distance to an eigenvalue. Lanczos with ``steps`` products.
+    ``residuals``, each bounding the distance to an eigenvalue (the rounding of the reference's
+    type at least). Lanczos with ``steps`` products.
     """
 
     name = "spectrum"
@@ -141,6 +148,7 @@ class Spectrum(Measure):
             count,
             device=op.device,
             steps=max(self.steps, count),
+            dtype=op.dtype,
         )
         tensors = {"eigenvalues": values.cpu(), "residuals": residuals.cpu()}
         return [

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from curvscope.analysis.extremes import extremes
 from curvscope.analysis.gram_form import GramForm
 from curvscope.analysis.lanczos import leading_by_products, leading_of_dense, norm_of_dense
 from curvscope.errors import SingularError
-from curvscope.operators import LowRankOperator, RowGramOperator
+from curvscope.operators import DiagonalOperator, LowRankOperator, RowGramOperator
 from tests.analysis import cases
 
 
@@ -78,3 +79,12 @@ def test_matrices_without_such_a_form() -> None:
     assert GramForm.of(LowRankOperator(cases.normal(9, 8, seed=0)), 5) is None  # too large
     negative = LowRankOperator(cases.normal(9, 1, seed=0), -torch.ones(1).double())
     assert GramForm.of(negative, 5) is None
+
+
+@pytest.mark.parametrize("size", [40, 240])
+def test_ends_are_not_better_known_than_the_matrix(size: int) -> None:
+    diagonal = torch.linspace(-1.0, 2.0, size, dtype=torch.float64)
+    found = extremes(DiagonalOperator(diagonal.float()), 1, steps=size)
+    assert found.largest_residuals[0] >= 2e-7 and found.smallest_residuals[0] >= 2e-7
+    finer = extremes(DiagonalOperator(diagonal), 1, steps=size)
+    assert 0 < finer.largest_residuals[0] < 1e-7

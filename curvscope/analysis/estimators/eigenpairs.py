@@ -18,7 +18,9 @@ class Eigenpairs(Estimated):
 
     ``values`` ``[k]``, the most wanted first, ``vectors`` ``[P, k]`` of length one, ``residuals``
     ``[k]`` the norms ``||A v - value v||``: an eigenvalue of ``A`` lies within ``residuals[i]`` of
-    ``values[i]``. ``pair_converged[i]`` says whether the residual is as small as was asked.
+    ``values[i]``. No residual is below the rounding of the matrix's type, its machine epsilon times
+    the largest magnitude seen. ``pair_converged[i]`` says whether the residual is as
+    small as was asked.
     """
 
     which: str

@@ -54,6 +54,7 @@ class Found:
     reason: str
     warnings: tuple[str, ...] = ()
     chain: list[tuple[float, float]] | None = None
+    scale: float = 0.0  # the largest magnitude seen, if not that of the values
 
 
 def eigsh(
@@ -162,7 +163,7 @@ def eigsh(
         which=which,
         values=as_cpu(found.values),
         vectors=found.vectors.detach().cpu(),
-        residuals=as_cpu(found.residuals),
+        residuals=as_cpu(found.residuals).clamp_min(_rounding(op, found)),
         pair_converged=found.good,
         converged=all(found.good),
         reason=found.reason,
@@ -223,6 +224,12 @@ def negative_curvature(
     return NegativeCurvature(**fields)
 
 
+def _rounding(op: Operator, found: Found) -> float:
+    """What no residual is below: the numbers of the matrix are not better known than that."""
+    scale = max(found.scale, float(found.values.abs().max()))
+    return float(torch.finfo(op.dtype).eps) * scale
+
+
 def _automatic(op: Operator, which: str) -> str:
     if isinstance(op, LowRankOperator | RowGramOperator) and op.rank < op.shape[0]:
         positive = op.positive_semidefinite and which in ("LM", "LA")
@@ -261,7 +268,8 @@ def _exact(op: Operator, k: int, which: str) -> Found:
     places = wanted(every.cpu(), k, which).to(every.device)
     values, vectors = every[places], basis[:, places]
     residuals = (matrix @ vectors - vectors * values).norm(dim=0)
-    return Found(values, vectors.to(op.dtype), residuals, (True,) * k, "From a full decomposition.")
+    reason, scale = "From a full decomposition.", float(every.abs().max())
+    return Found(values, vectors.to(op.dtype), residuals, (True,) * k, reason, scale=scale)
 
 
 def _capacity(size: int, itemsize: int, k: int, block: int) -> int:
@@ -386,4 +394,6 @@ def _found(
             f"largest residual is {number(float(residuals.max()), 2)}.",
         )
     vectors = rows.mT.contiguous()
-    return Found(pairs.values, vectors, residuals, good, reason, warnings, krylov.chain)
+    return Found(
+        pairs.values, vectors, residuals, good, reason, warnings, krylov.chain, pairs.scale
+    )

@@ -321,3 +321,14 @@ def test_the_look_is_a_glance_where_it_cannot_decide() -> None:
         by_products(with_spectrum(values)), 7, tol=1e-4, method="lanczos", block=2, copies=False
     )
     assert twice.products - plain.products > 2
+
+
+@pytest.mark.parametrize("method", ["exact", "lanczos", "scipy", "lobpcg"])
+def test_no_residual_is_below_the_rounding_of_the_matrix(method: str) -> None:
+    values = torch.linspace(-1.0, 3.0, 30, dtype=torch.float64)
+    matrix = with_spectrum(values)
+    found = cs.eigsh(matrix.float(), 3, which="LA", method=method, tol=1e-6)
+    assert float(found.residuals.min()) >= 2e-7
+    assert bool(((found.values - values.flip(0)[:3]).abs() <= 10 * found.residuals).all())
+    exact = cs.eigsh(matrix, 3, method="exact").residuals
+    assert float(exact.max()) < 1e-13
