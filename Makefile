@@ -23,7 +23,8 @@ WORKERS ?= 2
 PYTEST  ?=
 
 BIN   := $(VENV)/bin
-PIP   := $(BIN)/python -m pip install --disable-pip-version-check
+# Python compiles modules when they are first imported; to compile all of PyTorch's takes minutes.
+PIP   := $(BIN)/python -m pip install --disable-pip-version-check --no-compile
 # One stamp per choice of TORCH: asking for another one installs again.
 EMPTY :=
 SPACE := $(EMPTY) $(EMPTY)

@@ -15,6 +15,7 @@ product in float64; the memory what a product takes at its height beyond what is
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -31,7 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import curvscope as cs
 
 COLUMNS, BATCHES = 8, 20
-FEWER = {"resnet20": 4}  # batches of the block, where twenty would take half an hour
+LONG = ("resnet20",)  # whose block takes minutes on a CPU
 # for the block: room for the graph of a batch, not for those of all
 MEMORY = {"resnet20": 2**29, "autoencoder": 2**28, "gpt": 2**28}
 NOTE = """*gradients*: medians of interleaved rounds over one gradient of the same batch and round,
@@ -148,8 +149,7 @@ def _fastest_peer(times: dict[str, list[float]], matrix: str, fresh: bool) -> st
 
 def block(name: str, rounds: int, sync: Callable[[], None], device: str) -> list[list[str]]:
     """A block of vectors over a data set, per vector and batch."""
-    batches = FEWER.get(name, BATCHES)
-    case = to(cases.make(name, batches), device)
+    case = to(cases.make(name, BATCHES), device)
     problem = cs.Problem(case.model, case.loss, case.batches)
     V = torch.randn(case.size, COLUMNS, generator=torch.Generator().manual_seed(2))
     V = V.to(case.parameters[0])
@@ -157,17 +157,26 @@ def block(name: str, rounds: int, sync: Callable[[], None], device: str) -> list
     def gradient() -> None:
         for x, y in case.batches:
             torch.autograd.grad(case.loss(case.model(x), y), case.parameters)
+        sync()
+
+    def product(operator: cs.Operator) -> None:
+        operator @ V
+        sync()
 
     runs: dict[str, Any] = {"one gradient": gradient}
     for title, make in (("Hessian", cs.hessian), ("GGN", cs.ggn)):
         operator = make(problem, memory=MEMORY[name])
-        runs[f"{title}, curvscope, {COLUMNS} vectors, {batches} batches"] = lambda o=operator: o @ V
-    times, _ = rounds_of(runs, rounds, sync)
+        label = f"{title}, curvscope, {COLUMNS} vectors, {BATCHES} batches"
+        runs[label] = functools.partial(product, operator)
+    gradient()
+    # runs of minutes need no warming up, and two rounds of them are enough
+    long = name in LONG
+    times = common.interleaved(runs, 2 if long else rounds, warmup=0 if long else 1)
     return [
         [
             case.name,
             run,
-            f"{median_ratio(times, run, 'one gradient') / COLUMNS:.2f}",
+            f"{common.ratio(times, run, 'one gradient') / COLUMNS:.2f}",
             "",
             "",
             "",

@@ -22,6 +22,7 @@ from .secondorder import cheap_second_derivatives
 
 ENGINES = ("auto", "fresh", "retained", "vmap", "forward")
 _TRY_FROM = 4  # vectors from which vectorising is tried
+_FORWARD_FROM = 32  # products with batches from which a first call tries forward mode
 _SHARE = 0.25  # of the available memory that graphs may keep by default
 
 
@@ -75,6 +76,7 @@ class Engine:
         self._bytes: int | None = None  # of one batch's graph
         self._fits: int | None = None  # samples that fit into the limit
         self._beside = 0  # bytes that a product takes beside its graph, if there is a limit
+        self._fitted = False  # whether the parts of a batch have been chosen
         self._pieces = 1
         self._pure = False  # whether the forward pass is known to leave the parameters alone
         self._trusted = False  # whether double backward has been compared with the adjoint
@@ -154,6 +156,7 @@ class Engine:
             samples = sample_count(inputs, targets)
             if self.limit is not None:
                 self._fit(inputs, targets, rows, self.limit)
+            self._fitted = True
             pieces = 1
             if self._fits is not None and not self.facts.coupled:
                 pieces = -(-samples // self._fits)
@@ -177,6 +180,8 @@ class Engine:
             self._beside = int(taken.peak.at(self._fits) - taken.kept.at(self._fits))
             if self.mode == "retained":
                 self._wants_to_keep()  # refuses before graphs are kept that do not fit
+        if len(rows) >= _TRY_FROM and self._vectorised is None:
+            self._try_on_few(inputs, targets, rows[:_TRY_FROM])
         if len(rows) >= _TRY_FROM and self._vectorised is None:
             try:
                 taken = self._footprint(inputs, targets, rows, True, limit)
@@ -244,7 +249,8 @@ class Engine:
         self, inputs: Any, targets: Any, rows: Tensor, generator: torch.Generator, keep: bool
     ) -> BatchGraph:
         problem, parameters = self.problem, self.parameters
-        tries = self.mode == "forward" or self._calls > 1
+        many = self._fitted and len(rows) * self.facts.batches >= _FORWARD_FROM
+        tries = self.mode == "forward" or self._calls > 1 or many
         if self._forward_agrees is None and tries:
             self._try_forward(inputs, targets)
         use = self._forward_agrees and self._forward_pays(len(rows))
@@ -318,6 +324,17 @@ class Engine:
         if self._vectorised:  # the first may have been slow as it was the first, or by chance
             graph.add(rows, single, 1.0, vectorised=False, retain=True)
             self._vectorised = end - middle < 0.9 * (time.perf_counter() - end)
+
+    def _try_on_few(self, inputs: Any, targets: Any, rows: Tensor) -> None:
+        """Whether vectorising is slower for a part of the samples: then its memory is no matter."""
+        if self.facts.coupled:
+            return
+        samples = sample_count(inputs, targets)
+        index = torch.arange(max(1, samples // 8))
+        part = select(inputs, index, samples), select(targets, index, samples)
+        self._try_vectorised(self._graph(*part, rows, self.kind.generator()), rows)
+        if self._vectorised:
+            self._vectorised = None  # to be decided on a batch
 
     def _try_forward(self, inputs: Any, targets: Any) -> None:
         """Compare ``J v`` by forward mode with two backward passes, and time both."""
