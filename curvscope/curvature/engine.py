@@ -249,8 +249,8 @@ class Engine:
         self, inputs: Any, targets: Any, rows: Tensor, generator: torch.Generator, keep: bool
     ) -> BatchGraph:
         problem, parameters = self.problem, self.parameters
-        many = self._fitted and len(rows) * self.facts.batches >= _FORWARD_FROM
-        tries = self.mode == "forward" or self._calls > 1 or many
+        long = len(rows) >= _TRY_FROM and len(rows) * self.facts.batches >= _FORWARD_FROM
+        tries = self.mode == "forward" or self._calls > 1 or (self._fitted and long)
         if self._forward_agrees is None and tries:
             self._try_forward(inputs, targets)
         use = self._forward_agrees and self._forward_pays(len(rows))
