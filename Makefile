@@ -19,7 +19,7 @@ PROBLEM ?= digits-cnn
 OUT     ?= reports/$(PROBLEM)
 DATA    ?=
 OPEN    ?=
-WORKERS ?= 2
+WORKERS ?= $(shell $(PYTHON) -c "import os; print(max(2, min(4, os.cpu_count() or 2)))")
 PYTEST  ?=
 
 BIN   := $(VENV)/bin
