@@ -7,6 +7,7 @@ Throughout, ``a`` is ``[N, T, g, i]`` (samples, positions, groups, inputs) and a
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -93,6 +94,32 @@ def outer_sums(rows: Tensor, weights_: Tensor | None) -> Tensor:
     """``sum_c w_cn s_nc s_nc^T``: ``[C, N, o]`` -> ``[N, o, o]``."""
     weighted = rows if weights_ is None else rows * weights_.unsqueeze(-1)
     return rows.permute(1, 2, 0) @ weighted.transpose(0, 1)
+
+
+def dense_sum(outer: Callable[[slice], Tensor], a: Tensor, out: int) -> Tensor:
+    """``sum_n H_n (x) a_n a_n^T`` ``[o i, o i]``; ``outer(samples)`` gives ``H_n`` ``[n, o, o]``.
+
+    One matrix product over the samples, of half of ``H_n`` and half of ``a_n a_n^T``: a quarter
+    of the matrix, of which the rest is mirror images.
+    """
+    samples, inp = a.shape
+    left, right = torch.triu_indices(out, out, device=a.device)
+    first, second = torch.triu_indices(inp, inp, device=a.device)
+    joint = a.new_zeros(len(left), len(first))
+    # short chunks would read and write ``joint`` more often than they add to it
+    budget = max(CHUNK, joint.numel())
+    for part in chunks(samples, max(len(first), out * out), budget):
+        squares = a[part][:, first] * a[part][:, second]
+        joint.addmm_(outer(part)[:, left, right].mT, squares)
+    where = torch.empty(inp, inp, dtype=torch.long, device=a.device)
+    where[first, second] = where[second, first] = torch.arange(len(first), device=a.device)
+    blocks = joint[:, where.flatten()].reshape(-1, inp, inp)
+    del joint
+    dense = a.new_empty(out, inp, out, inp)
+    pairs = dense.transpose(1, 2)
+    pairs[left, right] = blocks
+    pairs[right, left] = blocks
+    return dense.reshape(out * inp, out * inp)
 
 
 def input_rows(a: Tensor) -> Tensor:

@@ -103,20 +103,9 @@ class RowHessianOperator(Operator):
         groups, out, inp = self.view.shape
         samples, positions = self._a.shape[:2]
         if self.simple:
-            a = self._a[:, 0, 0]
-            # symmetric in the outputs: half of the pairs are enough
-            upper = torch.triu_indices(out, out, device=a.device)
-            left, right = upper[0], upper[1]
-            joint = a.new_zeros(len(left), inp * inp)
-            outer = self._H.reshape(samples, out, out)[:, left, right]
-            for part in chunks(samples, inp * inp):
-                squares = (a[part].unsqueeze(2) * a[part].unsqueeze(1)).flatten(1)
-                joint.addmm_(outer[part].mT, squares, alpha=self._scale)
-            pairs = a.new_empty(out, out, inp, inp)
-            pairs[left, right] = joint.reshape(-1, inp, inp)
-            pairs[right, left] = joint.reshape(-1, inp, inp)
-            dense = pairs.transpose(1, 2).reshape(self.shape)
-            return self.view.dense_from_matrix(dense)
+            H = self._H.reshape(samples, out, out)
+            dense = rows_.dense_sum(H.__getitem__, self._a[:, 0, 0], out)
+            return self.view.dense_from_matrix(dense.mul_(self._scale))
         dense = self._a.new_zeros(groups, inp, out * self.shape[0])
         for part in chunks(samples, 2 * positions * groups * out * self.shape[0]):
             a = self._a[part]

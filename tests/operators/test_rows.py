@@ -28,6 +28,7 @@ from curvscope.operators import (
     best_kronecker,
     inner,
     kronecker_eigenvalue_correction,
+    row_algebra,
 )
 from tests.operators.cases import orthogonal, randn, spd, sym
 
@@ -170,6 +171,25 @@ def test_the_large_formulas_agree_with_the_small_ones(monkeypatch: pytest.Monkey
             close(inner(op, hessian), (truth * dense).sum())
             found = best_kronecker(op).dense()
             close(found, best_kronecker(DenseOperator(truth, view=view)).dense(), 1e-9)
+
+
+def test_dense_of_many_samples_is_summed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["curvscope.operators.row_algebra"], "CHUNK", 20)
+    parts = []
+    outer_sums = row_algebra.outer_sums
+
+    def counted(rows: Tensor, weights: Tensor) -> Tensor:
+        parts.append(rows.shape[1])
+        return outer_sums(rows, weights)
+
+    monkeypatch.setattr(row_algebra, "outer_sums", counted)
+    S, a, signs = randn(3, 50, 1, 1, 4), randn(50, 1, 1, 5, seed=1), randn(3, 50, seed=2)
+    dense = RowGramOperator(S, a, 0.5, signs=signs).dense()
+    close(dense, gram_truth(S, a, 0.5, signs))
+    assert torch.equal(dense, dense.mT)
+    assert len(parts) > 3 and sum(parts) == 50
+    H = sym(50, 4, seed=3).reshape(50, 1, 4, 1, 4)
+    close(RowHessianOperator(H, a, 0.7).dense(), hessian_truth(H, a.squeeze(2), 0.7))
 
 
 @pytest.mark.parametrize("positions", [1, 3])
