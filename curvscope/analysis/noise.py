@@ -13,6 +13,7 @@ from ..curvature.whole import WholeOperator
 from ..errors import BatchNormError, DataError, OptionError
 from ..modes import plain_mode
 from ..problem import Problem, require_problem
+from ..problem.refusals import require_sample_gradients
 from .displaced import value_and_gradient
 from .result import Cost, Result, number
 
@@ -76,8 +77,9 @@ def gradient_noise(
     Source: arXiv 1812.06162 for the noise scales; the papers above for the tests.
 
     Cost: two passes over the data and one product with the matrix of second moments
-    (three products more per probe). Raises ``DataError`` for a single sample and
-    ``BatchNormError`` where samples of a batch have no gradients of their own.
+    (three products more per probe). Raises ``DataError`` for a single sample,
+    ``BatchNormError`` where samples of a batch have no gradients of their own, and
+    ``UnsupportedLossError`` where the loss uses parameters itself (a penalty).
 
     Examples
     --------
@@ -98,6 +100,7 @@ def gradient_noise(
         raise OptionError(f"probes={probes!r} must be a number of probes, 0 for none.")
     start = time.perf_counter()
     facts = problem.check()
+    require_sample_gradients(problem, "gradient noise")
     if problem.batchnorm == "batch" or facts.coupled:
         raise BatchNormError(
             "The gradient noise needs gradients of single samples, but here the samples of a batch "

@@ -58,6 +58,11 @@ def provenance(problem: Problem, kind: Kind, route: str, at: Snapshot | None = N
         )
     if problem.batchnorm == "batch":
         notes.append("BatchNorm by batch statistics: a quantity of the batches as given")
+    if facts.direct and kind.matrix != HESSIAN:
+        notes.append(
+            f"without what the loss itself takes from {', '.join(facts.direct[:3])}"
+            f"{', ...' if len(facts.direct) > 3 else ''}, besides the outputs"
+        )
     return Provenance(kind.title, route, kind.exact, settings, tuple(notes))
 
 

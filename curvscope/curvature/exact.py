@@ -11,6 +11,7 @@ from ..errors import DataError, OptionError, UnsupportedLossError, check_option
 from ..modes import plain_mode
 from ..problem import Problem, Snapshot, require_problem
 from ..problem.data import select
+from ..problem.refusals import require_sample_gradients
 from .engine import check_engine
 from .gram import record_batch
 from .products import EMPIRICAL, FISHER, GGN, HESSIAN, Kind
@@ -32,6 +33,8 @@ def _make(
             "route='auto', or cs.backpack.batch_grad and cs.backpack.sqrt_ggn(mc=...)."
         )
     problem.check()
+    if kind.matrix == EMPIRICAL:
+        require_sample_gradients(problem, kind.title)
     at = problem.snapshot()
     if kind.needs_samples:
         check_sample_axis(problem, kind, at)
@@ -130,9 +133,10 @@ def ggn(
 ) -> WholeOperator:
     """The generalised Gauss-Newton ``(1/M) sum_m J_m^T (d^2 l_m/dz_m^2) J_m`` ``[P, P]``.
 
-    ``J_m`` is the Jacobian of term m's outputs ``z_m`` in the parameters. It is positive
-    semi-definite where the loss is convex in the outputs. Blocks are ``V V^T`` (factored for layers
-    too large to form) where samples do not couple, else from double backward.
+    ``J_m`` is the Jacobian of term m's outputs ``z_m`` in the parameters; what the loss itself
+    takes from parameters (a penalty in a callable) is not in it. It is positive semi-definite where
+    the loss is convex in the outputs. Blocks are ``V V^T`` (factored for layers too large to form)
+    where samples do not couple, else from double backward.
     ``route="backpack"`` takes BackPACK's ``SqrtGGNExact``; the other options are those of
     :func:`hessian`.
 
@@ -221,7 +225,8 @@ def empirical_fisher(
     three passes per product and column.
 
     Raises ``DataError`` where the outputs of a sample cannot be told apart from another's,
-    ``OptionError`` for unknown options, and what :func:`hessian` raises.
+    ``UnsupportedLossError`` where the loss uses parameters itself (a penalty), ``OptionError`` for
+    unknown options, and what :func:`hessian` raises.
 
     Source: Kunstner, Balles and Hennig 2019, eq. 3, who say why it is not the Fisher.
 

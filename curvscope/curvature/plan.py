@@ -141,6 +141,7 @@ def plan_blocks(
     """The valid routes of every block on this batch."""
     elsewhere = used_elsewhere(recording, problem.params.values())
     log_softmax = _log_softmax(problem)
+    direct = problem.check().direct
     plans = {}
     for name, members in blocks.items():
         own = tuple(problem.params[m] for m in members)
@@ -154,7 +155,11 @@ def plan_blocks(
         if "gram" not in reasons:
             routes.insert(0, "gram")
         positions = outputs = 0
-        if len(found) == 1 and "gram" not in reasons:
+        penalised = next((m for m in members if m in direct), None)
+        if penalised is not None:  # its Hessian does not come through the outputs alone
+            reason = f"the loss uses {penalised!r} itself, besides the outputs"
+            reasons |= {"piecewise-linear": reason, "rows": reason}
+        elif len(found) == 1 and "gram" not in reasons:
             call = recording.calls[found[0]]
             axis = recording.axes[found[0]]
             assert axis is not None

@@ -20,6 +20,7 @@ from .. import memory
 from ..errors import UnsupportedLayerError, UnsupportedLossError
 from ..problem import Problem
 from ..problem.cotangents import (
+    has_no_derivative,
     output_hessian_product,
     sampled_cotangents,
     scaled_terms,
@@ -205,14 +206,6 @@ def by_rows(
     return jacobian.mT @ torch.stack(columns, 1).to(vectors.dtype)
 
 
-def has_no_derivative(error: RuntimeError) -> bool:
-    """Whether torch says that an operation has no (second) derivative."""
-    text = str(error)
-    return "differentiate twice" in text or (
-        "derivative for" in text and "is not implemented" in text
-    )
-
-
 @contextmanager
 def twice_differentiable() -> Iterator[None]:
     """Turn torch's refusal to differentiate twice into an error that says what to do."""
@@ -222,9 +215,10 @@ def twice_differentiable() -> Iterator[None]:
         if not has_no_derivative(error):
             raise
         raise UnsupportedLayerError(
-            f"The model uses an operation without second derivative ({error}), so its Hessian "
-            "cannot be computed. cs.ggn, cs.fisher and cs.empirical_fisher need first derivatives "
-            "only; or write the operation with functions that torch differentiates twice."
+            f"The model or the loss uses an operation without second derivative ({error}), so the "
+            "Hessian cannot be computed. cs.ggn, cs.fisher and cs.empirical_fisher need first "
+            "derivatives of the model only; or write the operation with functions that torch "
+            "differentiates twice."
         ) from error
 
 

@@ -32,6 +32,7 @@ class Facts:
     batches: int
     total: float
     coupled: bool = False  # outputs of a sample depend on the other samples of its batch
+    direct: tuple[str, ...] = ()  # parameters that the loss uses itself, besides the outputs
 
 
 def finite_parameters(model: nn.Module) -> None:
@@ -149,7 +150,8 @@ def additive(problem: Problem, inputs: Any, targets: Any, whole: Tensor) -> None
     value = torch.zeros((), dtype=torch.float64)
     for chosen in parts_of(inputs, targets):
         outputs = problem.outputs(chosen[0]).detach()
-        value = value + problem.batch_total(outputs, chosen[1]).double().cpu()
+        part = problem.batch_total(outputs, chosen[1]).detach()
+        value = value + part.double().cpu()
     scale = max(abs(float(whole)), abs(float(value)), 1e-30)
     tolerance = min(1e3 * torch.finfo(problem.dtype).eps ** 0.75, 0.05)
     # a part without any target has a mean of 0/0: NaN must not pass either
@@ -162,6 +164,37 @@ def additive(problem: Problem, inputs: Any, targets: Any, whole: Tensor) -> None
             "reduction=lambda outputs, targets: <that number>; a loss that couples samples "
             "cannot be normalised over batches."
         )
+
+
+def used_by_loss(problem: Problem, value: Tensor) -> set[str]:
+    """Parameters that a loss of detached outputs still depends on: penalties in a callable.
+
+    Raises ``UnsupportedLossError`` where these are not those of the copy that is evaluated.
+    """
+    names = {id(p): name for name, p in problem.params.items()}
+    originals: dict[int, str] = {}
+    if problem.model is not problem.user_model:
+        originals = {id(p): name for name, p in problem.user_model.named_parameters()}
+    found: set[str] = set()
+    seen: set[Any] = set()
+    stack: list[Any] = [value.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = id(getattr(node, "variable", None))
+        if leaf in names:
+            found.add(names[leaf])
+        elif leaf in originals:
+            raise UnsupportedLossError(
+                f"The loss {problem.loss.name!r} uses the parameter {originals[leaf]!r} itself, "
+                "but device= or dtype= make the problem compute with a copy of the model, whose "
+                "parameters it does not see. Convert the model yourself with model.to(...) and "
+                "leave these arguments out."
+            )
+        stack.extend(follower for follower, _ in node.next_functions)
+    return found
 
 
 def repeatable(first: Facts, second: Facts, dtype: torch.dtype, batchnorm: str) -> None:

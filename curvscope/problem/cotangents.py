@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UnsupportedLayerError
+from ..errors import UnsupportedLayerError, UnsupportedLossError
 from .losses import Loss
 
 
@@ -38,6 +38,14 @@ def require_differentiable(first: Iterable[Tensor | None]) -> None:
         stack.extend(follower for follower, _ in node.next_functions)
 
 
+def has_no_derivative(error: RuntimeError) -> bool:
+    """Whether torch says that an operation has no (second) derivative."""
+    text = str(error)
+    return "differentiate twice" in text or (
+        "derivative for" in text and "is not implemented" in text
+    )
+
+
 def output_hessian_product(loss: Loss, outputs: Tensor, targets: Any, vectors: Tensor) -> Tensor:
     """``(d^2 total / dz^2) vectors`` for a tensor of the outputs' shape.
 
@@ -52,7 +60,16 @@ def output_hessian_product(loss: Loss, outputs: Tensor, targets: Any, vectors: T
     require_differentiable([gradient])
     if gradient.grad_fn is None and not gradient.requires_grad:
         return torch.zeros_like(vectors)
-    (product,) = torch.autograd.grad(gradient, z, vectors, allow_unused=True)
+    try:
+        (product,) = torch.autograd.grad(gradient, z, vectors, allow_unused=True)
+    except RuntimeError as error:
+        if not has_no_derivative(error):
+            raise
+        raise UnsupportedLossError(
+            f"The loss {loss.name} uses an operation without second derivative ({error}), which "
+            "the GGN and the Hessian need. cs.empirical_fisher does not; or write the loss with "
+            "functions that torch differentiates twice."
+        ) from error
     return torch.zeros_like(vectors) if product is None else product
 
 

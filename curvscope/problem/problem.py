@@ -315,6 +315,7 @@ class Problem(Shown):
     def _pass(self, seed: int) -> Facts:
         samples, terms, count, total = 0, 0.0, 0, 0.0
         coupled = self.batchnorm == "batch"
+        direct: set[str] = set()
         look = not self._unchecked and self._facts is None and seed == 0
         # gradients stay enabled: models may differentiate inside forward, and take other kernels
         # without them
@@ -327,6 +328,9 @@ class Problem(Shown):
                     checks.samples_first(inputs, targets, outputs)
                 self.loss.check(outputs, targets)
                 value = self.batch_total(outputs, targets)
+                if value.requires_grad and self._facts is None:
+                    direct |= checks.used_by_loss(self, value)
+                value = value.detach()
                 if not bool(torch.isfinite(value)):
                     checks.blame(self, inputs, count, float(value))
                 if before and state.random_mark() != before:
@@ -340,7 +344,8 @@ class Problem(Shown):
                 terms += self.loss.count(outputs, targets)
                 total += float(value)
                 count += 1
-        return Facts(samples, terms, count, total, coupled)
+        own = tuple(name for name in self.params if name in direct)
+        return Facts(samples, terms, count, total, coupled, own)
 
     def batch_total(self, outputs: Tensor, targets: Any) -> Tensor:
         """Unnormalised loss of a batch; errors of the loss become ``TargetError``."""

@@ -1,15 +1,18 @@
-"""Arguments of a Problem that are none, and what was probably meant."""
+"""Arguments of a Problem that are none, what was probably meant, and what is not defined for it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ..errors import DataError, ModelError
+from ..errors import DataError, ModelError, UnsupportedLossError
+
+if TYPE_CHECKING:
+    from .problem import Problem
 
 
 def check_model(model: Any, loss: Any) -> None:
@@ -63,3 +66,15 @@ def _has_arrays(data: Any) -> bool:
         return True
     first = data[0]
     return isinstance(first, tuple | list) and any(isinstance(e, np.ndarray) for e in first)
+
+
+def require_sample_gradients(problem: Problem, what: str) -> None:
+    """Raise ``UnsupportedLossError`` where a sample's gradient comes not by its outputs alone."""
+    direct = problem.check().direct
+    if direct:
+        raise UnsupportedLossError(
+            f"The loss {problem.loss.name!r} uses parameters itself, besides the outputs "
+            f"({', '.join(direct[:3])}{', ...' if len(direct) > 3 else ''}), so the {what}, made "
+            "of gradients of single samples by way of their outputs, is not defined here. Leave "
+            "the penalty out of the loss; cs.hessian and problem.gradient() take it in."
+        )
