@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from ..curvature import backpack as adapter
 from ..curvature.diagonal import adafisher_reason
 from ..curvature.exact import empirical_fisher, ggn, hessian
+from ..curvature.factors import kronecker_reason
 from ..curvature.gram import record_batch
 from ..curvature.kfra import chain
-from ..curvature.kronecker import kronecker_reason
 from ..curvature.recording import Recording, graph_uses
 from ..curvature.registered import REGISTERED, Registered
 from ..curvature.whole import WholeOperator

@@ -23,8 +23,8 @@ from ..problem import Problem
 from ..progress import track
 from .accumulate import accumulation_dtype
 from .autograd import provenance
+from .factors import FactorRun, assemble, collect_factors, kronecker_info, label_kind, prepared
 from .gram import RouteFailed, gram_blocks, plans_for, record_batch
-from .kronecker import FactorRun, assemble, collect_factors, kronecker_info, label_kind, prepared
 from .plan import BlockPlan, broken
 from .products import EMPIRICAL, FISHER, GGN, HESSIAN, Kind
 from .whole import WholeOperator

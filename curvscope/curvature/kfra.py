@@ -16,8 +16,8 @@ from ..problem import Problem
 from ..problem.cotangents import root_cotangents
 from ..progress import track
 from .accumulate import accumulation_dtype
+from .factors import FactorRun, assemble, collect_factors, kronecker_info, prepared
 from .gram import plans_for, record_batch
-from .kronecker import FactorRun, assemble, collect_factors, kronecker_info, prepared
 from .piecewise import downstream
 from .products import GGN, Kind
 from .recording import Recording
