@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..modes import aside
 from ..problem.blocks import ROOT
 from .passes import Buffers, RandomState
 
@@ -55,7 +56,7 @@ def first_bad_layer(
     handles = [module.register_forward_hook(hook(name)) for name, module in leaves]
     state, buffers = RandomState(device), Buffers(model)
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), aside():
             closure()
     except Exception:  # already on the way to an error, which must not be hidden by another
         return found[0] if found else None

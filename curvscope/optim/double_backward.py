@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import OptionError, ShapeError, UnsupportedLayerError, UnsupportedLossError
+from ..modes import aside
 from .second_derivatives import FastSecondDerivatives
 
 
@@ -77,13 +78,14 @@ def hessian_product(
     pairs = [(g, z) for g, z in zip(gradients, vectors) if g is not None and g.requires_grad]
     if not pairs:
         return [torch.zeros_like(p) for p in parameters]
-    found = torch.autograd.grad(
-        [g for g, _ in pairs],
-        list(parameters),
-        [z for _, z in pairs],
-        allow_unused=True,
-        retain_graph=keep_graph,
-    )
+    with aside():
+        found = torch.autograd.grad(
+            [g for g, _ in pairs],
+            list(parameters),
+            [z for _, z in pairs],
+            allow_unused=True,
+            retain_graph=keep_graph,
+        )
     return [torch.zeros_like(p) if h is None else h for h, p in zip(found, parameters)]
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from ..errors import OptionError
+from ..modes import aside
 from ..problem.losses import Loss
 from . import checks
 from .labels import Head, head_of_outputs, named_loss, read_loss
@@ -45,7 +46,7 @@ class FisherStatistics:
         self.loss = named_loss(loss)
         self.generator = torch.Generator().manual_seed(seed)
         self.seen: dict[str, Moments] = {}
-        self._terms = 0  # of the losses that were named, for observed labels
+        self._terms = 0  # what a named loss averages over, in all passes of the step together
         self._pending: list[tuple[LayerCall, GradientEdge]] = []
 
     @property
@@ -55,7 +56,12 @@ class FisherStatistics:
 
     def reset(self) -> None:
         """Forget everything seen so far."""
-        self.seen, self._pending, self._terms = {}, [], 0
+        self._pending = []
+        self.forget_seen()
+
+    def forget_seen(self) -> None:
+        """Forget backward passes; forward passes may still be waiting for theirs."""
+        self.seen, self._terms = {}, 0
 
     # -- what hooks call -------------------------------------------------------------------------
 
@@ -81,10 +87,10 @@ class FisherStatistics:
             seen = outputs.detach()
             later.register_hook(lambda gradient: self.count_terms(seen))
         elif calls:
-            heads = [head_of_outputs(outputs, self.loss, calls[0][0].samples)]
+            head = head_of_outputs(outputs, self.loss)
 
             def begin(gradient: Tensor) -> None:
-                self._measure(heads, calls)
+                self._measure_named(head, calls)
 
             later.register_hook(begin)
         return later
@@ -92,8 +98,18 @@ class FisherStatistics:
     def count_terms(self, outputs: Tensor) -> None:
         """Count the terms of the loss that was named, for these outputs."""
         if isinstance(self.loss, Loss):
-            summed = self.loss.reduction == "sum"
-            self._terms += 0 if summed else self.loss.terms(outputs, 1).shape[1]
+            self._count(self.loss.terms(outputs, 1).shape[1], 0)
+
+    def _count(self, terms: int, samples: int) -> None:
+        """Add to what a named loss averages over: terms, for a string samples, nothing for sums."""
+        if isinstance(self.loss, Loss):
+            self._terms += 0 if self.loss.reduction == "sum" else terms
+        else:
+            self._terms += samples
+
+    def _measure_named(self, head: Head, calls: Sequence[tuple[LayerCall, GradientEdge]]) -> None:
+        self._count(len(head.z), calls[0][0].samples)
+        self._measure([head], calls)
 
     def read(self, loss: Tensor) -> None:
         """``loss.backward()`` is about to be called."""
@@ -110,7 +126,7 @@ class FisherStatistics:
             )
         if calls:
             assert self.loss is not None
-            self._measure([head_of_outputs(outputs, self.loss, calls[0][0].samples)], calls)
+            self._measure_named(head_of_outputs(outputs, self.loss), calls)
 
     # -- measuring -------------------------------------------------------------------------------
 
@@ -127,9 +143,10 @@ class FisherStatistics:
         reached: set[int] = set()
         for chosen, cotangents in self._cotangents(heads, calls[0][0].samples):
             ends = [head.edge for head in chosen]
-            gradients = torch.autograd.grad(
-                ends, starts, cotangents, retain_graph=True, allow_unused=True
-            )
+            with aside():
+                gradients = torch.autograd.grad(
+                    ends, starts, cotangents, retain_graph=True, allow_unused=True
+                )
             with measuring(cotangents[0].device):
                 for k, gradient in enumerate(gradients):
                     if gradient is not None:
@@ -155,7 +172,8 @@ class FisherStatistics:
         """``A``, ``G`` of every block in turn; ``scale`` is a GradScaler's factor in the loss.
 
         ``A = (1/(N T)) sum a a^T``; ``G = sum w g g^T``, for observed labels with the loss regarded
-        as a mean over N samples, or over the terms of the loss that was named.
+        as a mean over N samples, or over the terms of the loss that was named: of all passes
+        together, which are one larger batch.
         """
         found: list[Tensor] = []
         for block in blocks:
@@ -166,14 +184,14 @@ class FisherStatistics:
                 named = isinstance(self.loss, Loss)
                 factor = (max(self._terms, 1) if named else inputs.samples) / scale**2
             elif self.loss is not None:  # the loss that was scaled plays no role
-                factor = 1.0
+                factor = 1.0 / max(self._terms, 1)
             found += [inputs.second / inputs.rows, outputs.second * factor]
         return found
 
     # -- copies ----------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "seen": {}, "_pending": []}
+        state = {**self.__dict__, "seen": {}, "_pending": [], "_terms": 0}
         return {**state, "generator": self.generator.get_state()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DataError, NonFiniteError, OptionError
+from ..modes import aside
 from ..operators import KroneckerOperator, Operator
 from . import checks, kbfgs_block
 from .base import CurvatureOptimizer
@@ -214,7 +215,7 @@ class KBFGS(CurvatureOptimizer):
         sums: dict[str, Tensor] = {}
         batches: dict[str, int] = {}
         self._phase = "warm"
-        with undisturbed(self.model, self.device), self._attached() as tap:
+        with undisturbed(self.model, self.device), self._attached() as tap, aside(tap):
             for batch in loader:
                 self._seen = {}
                 with tap.watching(forward_only=True), torch.no_grad():
@@ -283,6 +284,7 @@ class KBFGS(CurvatureOptimizer):
             with (
                 replaying(self.model, self._wrapper, start, self.device),
                 tap.watching(probing=True),
+                aside(tap),
             ):
                 call_closure(closure, self.method)
         except BaseException:

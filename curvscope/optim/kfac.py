@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DataError, NonFiniteError, OptionError, check_option
+from ..modes import aside
 from ..operators import KroneckerOperator, Operator
 from . import checks
 from .base import CurvatureOptimizer
@@ -168,7 +169,7 @@ class KFAC(CurvatureOptimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset gradients, and what was seen of backward passes that no step followed."""
         super().zero_grad(set_to_none)
-        self._statistics.seen = {}
+        self._statistics.forget_seen()
 
     def step(self, closure: Closure | None = None, *, scaler: Any = None) -> Tensor | None:  # type: ignore[override]
         """Take one step; returns the closure's loss.
@@ -341,7 +342,7 @@ class KFAC(CurvatureOptimizer):
         if self._tap is not None:
             self._tap.active = False
         try:
-            with self._attached() as tap:
+            with self._attached() as tap, aside(tap):
                 yield tap
         finally:
             if self._tap is not None:

@@ -34,6 +34,10 @@ _LINEAR = frozenset((
     "Expand", "Split", "SplitWithSizes", "MaskedFill", "MaskedSelect", "Flatten", "Where",
     "AsStrided",
 ))
+_PICKING = frozenset(("Index", "IndexSelect", "MaskedSelect", "Gather", "Cat", "Stack"))
+_MOVING = frozenset(("Transpose", "Permute", "T", "Slice", "Select"))
+_RESHAPING = frozenset(("View", "ReshapeAlias", "UnsafeView"))
+_KEEPING = frozenset(("Clone", "Alias", "ToCopy", "Unsqueeze", "Squeeze", "Mm"))
 # fmt: on
 _REDUCTIONS = {0: "none", 1: "mean", 2: "sum"}
 
@@ -61,11 +65,14 @@ class Head:
     def exact(self, samples: int) -> Iterator[Tensor]:
         """Cotangents whose gradients' outer products sum to the Fisher matrix.
 
-        Terms of different samples share a pass; a sample's own terms do not.
+        Terms of different samples share a pass; a sample's own terms do not. Where it is not
+        known whose they are, every term has its own pass.
         """
         roots = self.loss.term_roots(self.z.unsqueeze(0)).squeeze(0)  # [R, C, K]
         roots = roots * self.weights.sqrt()[:, None, None]
-        own = len(self.z) // samples if samples and len(self.z) % samples == 0 else len(self.z)
+        rows = len(self.z)
+        known = samples and rows % samples == 0 and _sample_by_sample(self.edge.node, samples)
+        own = rows // samples if known else rows
         term = torch.arange(len(self.z), device=self.z.device) % own
         for t in range(own):
             mine = (term == t).to(roots).unsqueeze(-1)
@@ -119,8 +126,8 @@ def read_loss(loss: Tensor) -> list[Head]:
     return [head for head in heads if head is not None]
 
 
-def head_of_outputs(outputs: Tensor, loss: Loss | str, samples: int) -> Head:
-    """The head of a model's outputs for a loss that the user has named."""
+def head_of_outputs(outputs: Tensor, loss: Loss | str) -> Head:
+    """The head of a model's outputs for a loss that the user has named, summed over its terms."""
     edge, z = get_gradient_edge(outputs), outputs.detach()
     if isinstance(loss, str):
         kinds: dict[str, Loss] = {
@@ -129,14 +136,11 @@ def head_of_outputs(outputs: Tensor, loss: Loss | str, samples: int) -> Head:
             "normal": SquaredError(),
         }
         kind = kinds[loss]
-        # half the squared error is the normal distribution with variance 1
-        scale = (0.5 if loss == "normal" else 1.0) / samples
     else:
-        kind, scale = loss, 1.0
+        kind = loss
     terms = kind.terms(z, 1).squeeze(0)
-    if isinstance(loss, Loss) and loss.reduction != "sum":
-        scale = 1.0 / max(len(terms), 1)
-    weights = terms.new_full((len(terms),), scale)
+    # half the squared error is the normal distribution with variance 1
+    weights = terms.new_full((len(terms),), 0.5 if loss == "normal" else 1.0)
     return Head(edge, kind, terms, weights, lambda c: kind.unterms(c.unsqueeze(0), z))
 
 
@@ -243,7 +247,7 @@ def _categorical(
     edge: GradientEdge, logp: Tensor, dim: int, minus: Tensor | None, weights: Tensor | None = None
 ) -> Head:
     logp = logp.detach()
-    dim = dim - 2**64 if dim >= 2**63 else dim  # torch stores it as an unsigned number
+    dim = _signed(dim)
     moved = logp.movedim(dim, -1)
     if weights is None:
         assert minus is not None
@@ -258,8 +262,7 @@ def _categorical(
 
 def _nll_weights(node: Any, upstream: Tensor) -> Tensor:
     """The weight of every term of ``nll_loss``."""
-    target, ignore = node._saved_target, node._saved_ignore_index
-    ignore = ignore - 2**64 if ignore >= 2**63 else ignore
+    target, ignore = node._saved_target, _signed(node._saved_ignore_index)
     keep = target != ignore
     weight = node._saved_weight
     safe = torch.where(keep, target, 0)
@@ -268,6 +271,44 @@ def _nll_weights(node: Any, upstream: Tensor) -> Tensor:
     if _REDUCTIONS[node._saved_reduction] == "mean":
         own = own / own.sum()
     return own * upstream
+
+
+def _sample_by_sample(node: Any, samples: int) -> bool:
+    """Whether the rows of a node's output are all there, in the order of the samples.
+
+    They are not if they were picked (by a mask) or if the first axis was exchanged for another on
+    the way from the layer that computed them; the last Linear may be on the way as well.
+    """
+    while node is not None:
+        name, below = _name(node), node.next_functions
+        if name in _PICKING or (name in _MOVING and _moves_first(node)):
+            return False
+        shape: Any = getattr(node, "_saved_self_sym_sizes", ()) if name in _RESHAPING else ()
+        if len(shape) > 2 and shape[0] == samples and shape.count(samples) == 1:
+            return True
+        if name == "Addmm":  # bias, inputs, weight
+            node = below[1][0]
+        elif name in _MOVING or name in _RESHAPING or name in _KEEPING:
+            node = below[0][0] if below else None
+        else:
+            return True
+    return True
+
+
+def _moves_first(node: Any) -> bool:
+    """Whether the first axis of what a node was given is not the first of its output."""
+    name = _name(node)
+    if name == "Permute":
+        return bool(node._saved_dims and node._saved_dims[0] != 0)
+    if name == "Transpose":
+        axes = (_signed(node._saved_dim0), _signed(node._saved_dim1))
+        return any(axis == 0 or axis < -2 for axis in axes)
+    return name == "T" or node._saved_dim == 0  # Slice, Select
+
+
+def _signed(number: int) -> int:
+    """A negative number that torch stores as an unsigned one."""
+    return number - 2**64 if number >= 2**63 else number
 
 
 def _checked(weights: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ..layer_calls import LAYER_TYPES
 from ..layers import Call, SampleAxis
+from ..modes import between_passes, looks_away
 from .layer import BATCH_NORMS, CONVOLUTIONS, Layer
 
 _FUNCTIONS: dict[type[nn.Module], Any] = {
@@ -206,7 +207,7 @@ class _Hook:
 
     def __call__(self, module: nn.Module, *args: Any) -> Any:
         tap = self.tap()
-        if tap is None or not tap.active:
+        if tap is None or not tap.active or looks_away(tap):
             return None
         if not torch.is_grad_enabled() and not tap.forward_only:
             return None
@@ -246,10 +247,16 @@ def watch_gradient(output: Tensor, receive: Callable[[Tensor], None]) -> None:
     """Call ``receive(gradient)`` when the gradient in ``output`` is there.
 
     A view (a Linear layer on three axes returns one) drops its hooks when it is changed in place,
-    so there the hook goes to the tensor that it views.
+    so there the hook goes to the tensor that it views. Gradients of passes that are not the
+    training's own (:func:`~curvscope.modes.aside`) are left out.
     """
     shape = output.shape
-    _origin(output).register_hook(lambda gradient: receive(gradient.reshape(shape)))
+
+    def hook(gradient: Tensor) -> None:
+        if not between_passes():
+            receive(gradient.reshape(shape))
+
+    _origin(output).register_hook(hook)
 
 
 def gradient_edge(output: Tensor) -> GradientEdge:

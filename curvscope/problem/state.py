@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..modes import plain_mode
+from ..modes import aside, plain_mode
 from .substitutes import differentiable, no_gradient_hooks
 
 # the dictionaries of nn.Module that are views into C++ where the module is scripted
@@ -194,9 +194,11 @@ def evaluation(members: Members, *, batchnorm: str = "eval") -> Iterator[None]:
 
     ``eval()`` flags (BatchNorm in train mode under ``batchnorm="batch"``), gradients enabled,
     autocast and gradient hooks off, only what can be differentiated twice (``substitutes``), random
-    states and the model's state preserved, also when the body fails.
+    states and the model's state preserved, also when the body fails. Optimizers that watch the
+    model see nothing of it.
     """
     with ExitStack() as stack:
+        stack.enter_context(aside())
         stack.enter_context(random_state())
         stack.enter_context(module_state(members))
         for device in {p.device.type for p in members.parameters}:

@@ -141,6 +141,54 @@ def test_accumulated_backward_passes_are_one_batch() -> None:
         assert relative(optimizer.factors(block)["A"], own["A"]) < 1e-11
 
 
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(), "categorical"], ids=["module", "string"])
+def test_accumulated_passes_of_a_named_loss_are_one_batch(loss: Any) -> None:
+    """What was seen of passes that ``zero_grad`` discards does not count."""
+    whole = factors(F.cross_entropy, Y)
+    model = small()
+    optimizer = KFAC(model, 0.0, 0.1, fisher="exact", loss=loss)
+    F.cross_entropy(model(X), Y).backward()
+    optimizer.zero_grad()
+    for part in (slice(0, 3), slice(3, 8)):
+        (F.cross_entropy(model(X[part]), Y[part], reduction="sum") / len(X)).backward()
+    optimizer.step()
+    for block, own in whole.items():
+        assert relative(optimizer.factors(block)["G"], own["G"]) < 1e-11
+        assert relative(optimizer.factors(block)["A"], own["A"]) < 1e-11
+
+
+class Tokens(nn.Module):
+    """A sample's tokens see one another, so that their terms must not share a pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x).tanh().cumsum(1))
+
+
+def test_terms_in_any_order() -> None:
+    """Picked by a mask (6 of 12, not evenly), or with the axes of samples and tokens exchanged."""
+    x, y = normal(3, 4, 5), labels(12).reshape(3, 4)
+    kept = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 0]], dtype=torch.bool)
+    some = torch.where(kept, y, -100)
+    ways: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
+        "mask": (lambda z: F.cross_entropy(z[kept], y[kept]), some),
+        "exchanged": (lambda z: F.cross_entropy(z.transpose(0, 1).flatten(0, 1), y.T.flatten()), y),
+        "flat": (lambda z: F.cross_entropy(z.flatten(0, 1), y.flatten()), y),
+        "turned": (lambda z: F.cross_entropy(z.mT, y), y),
+    }
+    for name, (loss, targets) in ways.items():
+        found = []
+        for function in (loss, lambda z, t=targets: F.cross_entropy(z.transpose(1, 2), t)):
+            model = seeded(Tokens)
+            optimizer = KFAC(model, 0.0, 0.1, fisher="exact")
+            optimizer.step(closure_of(optimizer, model, x, y, lambda z, _, f=function: f(z)))
+            found.append(optimizer.factors("first")["G"])
+        assert relative(*found) < 1e-12, name
+
+
 @pytest.mark.parametrize(
     ("loss", "name"),
     [
