@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,16 +13,18 @@ from .. import memory
 from ..errors import MemoryLimitError, OptionError, UnsupportedLayerError, check_option
 from ..problem import Problem, Snapshot
 from ..problem.data import sample_count, select
-from .along import DISAGREES, AlongGraph, agree, gap
+from .along import AlongGraph
 from .footprint import Footprint
 from .forward import linearised
 from .graphs import BatchGraph, HessianGraph, LinearisedGraph, Nothing, graph_bytes, split
 from .products import HESSIAN, Kind, output_product
 from .secondorder import cheap_second_derivatives
+from .ways import Times, try_forward, vectorising_pays
 
 ENGINES = ("auto", "fresh", "retained", "vmap", "forward")
 _TRY_FROM = 4  # vectors from which vectorising is tried
-_FORWARD_FROM = 32  # products with batches from which a first call tries forward mode
+_LONG = 32  # products with batches from which a first call is worth all trials
+_FEW, _FEWEST = 8, 16  # trials take this part of a batch, but so many if there is no limit
 _SHARE = 0.25  # of the available memory that graphs may keep by default
 
 
@@ -134,7 +136,7 @@ class Engine:
     def _add(self, graph: BatchGraph, rows: Tensor, total: Tensor, *, retain: bool) -> None:
         many = len(rows) >= _TRY_FROM or (self.mode == "vmap" and len(rows) > 1)
         if many and self._vectorised is None:
-            self._try_vectorised(graph, rows[:_TRY_FROM])
+            self._vectorised = vectorising_pays(graph, rows[:_TRY_FROM])
         vectorised = many and bool(self._vectorised)
         try:
             graph.add(rows, total, self.scale, vectorised=vectorised, retain=retain)
@@ -156,6 +158,8 @@ class Engine:
             samples = sample_count(inputs, targets)
             if self.limit is not None:
                 self._fit(inputs, targets, rows, self.limit)
+            elif self._long(len(rows)) and self._vectorised is None and not self.facts.coupled:
+                self._try_vectorised(inputs, targets, rows[:_TRY_FROM])
             self._fitted = True
             pieces = 1
             if self._fits is not None and not self.facts.coupled:
@@ -180,8 +184,8 @@ class Engine:
             self._beside = int(taken.peak.at(self._fits) - taken.kept.at(self._fits))
             if self.mode == "retained":
                 self._wants_to_keep()  # refuses before graphs are kept that do not fit
-        if len(rows) >= _TRY_FROM and self._vectorised is None:
-            self._try_on_few(inputs, targets, rows[:_TRY_FROM])
+        if len(rows) >= _TRY_FROM and self._vectorised is None and not self.facts.coupled:
+            self._try_vectorised(inputs, targets, rows[:_TRY_FROM])
         if len(rows) >= _TRY_FROM and self._vectorised is None:
             try:
                 taken = self._footprint(inputs, targets, rows, True, limit)
@@ -249,8 +253,8 @@ class Engine:
         self, inputs: Any, targets: Any, rows: Tensor, generator: torch.Generator, keep: bool
     ) -> BatchGraph:
         problem, parameters = self.problem, self.parameters
-        long = len(rows) >= _TRY_FROM and len(rows) * self.facts.batches >= _FORWARD_FROM
-        tries = self.mode == "forward" or self._calls > 1 or (self._fitted and long)
+        tries = self.mode == "forward" or self._calls > 1
+        tries = tries or (self._fitted and self._long(len(rows)))
         if self._forward_agrees is None and tries:
             self._try_forward(inputs, targets)
         use = self._forward_agrees and self._forward_pays(len(rows))
@@ -308,90 +312,40 @@ class Engine:
             return None
         return self._bytes * self.facts.batches + self._beside
 
-    def _try_vectorised(self, graph: BatchGraph, rows: Tensor) -> None:
-        """Time a few products one by one and vectorised, and compare them."""
-        single, batched = torch.zeros_like(rows), torch.zeros_like(rows)
-        start = time.perf_counter()
-        graph.add(rows, single, 1.0, vectorised=False, retain=True)
-        middle = time.perf_counter()
-        try:
-            graph.add(rows, batched, 1.0, vectorised=True, retain=True)
-        except Exception:  # operations without a batching rule: many error types
-            self._vectorised = False
-            return
-        end = time.perf_counter()
-        self._vectorised = agree(single, batched) and end - middle < 0.9 * (middle - start)
-        if self._vectorised:  # the first may have been slow as it was the first, or by chance
-            graph.add(rows, single, 1.0, vectorised=False, retain=True)
-            self._vectorised = end - middle < 0.9 * (time.perf_counter() - end)
+    def _long(self, count: int) -> bool:
+        """Whether a first call is long enough for trials that pay in later calls otherwise."""
+        return count >= _TRY_FROM and count * self.facts.batches >= _LONG
 
-    def _try_on_few(self, inputs: Any, targets: Any, rows: Tensor) -> None:
-        """Whether vectorising is slower for a part of the samples: then its memory is no matter."""
+    def _few(self, inputs: Any, targets: Any) -> tuple[Any, Any]:
+        """Some of the samples, for trials; all of them where samples are coupled."""
         if self.facts.coupled:
-            return
+            return inputs, targets
         samples = sample_count(inputs, targets)
-        index = torch.arange(max(1, samples // 8))
-        part = select(inputs, index, samples), select(targets, index, samples)
-        self._try_vectorised(self._graph(*part, rows, self.kind.generator()), rows)
-        if self._vectorised:
-            self._vectorised = None  # to be decided on a batch
+        least = min(samples, 1 if self.limit is not None else _FEWEST)
+        index = torch.arange(max(least, samples // _FEW))
+        return select(inputs, index, samples), select(targets, index, samples)
+
+    def _try_vectorised(self, inputs: Any, targets: Any, rows: Tensor) -> None:
+        """If vectorising is slower for a part of the samples, its memory is no matter."""
+        graph = self._graph(*self._few(inputs, targets), rows, self.kind.generator())
+        if not vectorising_pays(graph, rows):
+            self._vectorised = False
 
     def _try_forward(self, inputs: Any, targets: Any) -> None:
-        """Compare ``J v`` by forward mode with two backward passes, and time both."""
-        if self.limit is not None and not self.facts.coupled:  # of a few samples: both must fit
-            samples = sample_count(inputs, targets)
-            index = torch.arange(max(1, samples // 8))
-            inputs, targets = select(inputs, index, samples), select(targets, index, samples)
-
-        outputs = self._outputs(inputs)
-        if not outputs.requires_grad:
-            return
-        size = sum(p.numel() for p in self.parameters)
-        v = torch.randn(size, generator=torch.Generator().manual_seed(1)).to(outputs)
-        parts = split(v, self.parameters)
-        try:
-            found, joint = (self._jvp(inputs, parts, graph=graph)[1] for graph in (False, True))
-        except Exception as error:  # operations without a forward derivative: many error types
-            if self.mode == "forward":
-                raise UnsupportedLayerError(
-                    f"The model has no forward-mode derivative ({error}). Use engine='auto'."
-                ) from error
-            self._forward_agrees = False
-            return
-        graph = LinearisedGraph(outputs, self.parameters, _unchanged, check=True)
-        if graph.by_rows:
-            self._forward_agrees = False
-            return
-        reverse = graph.times_jacobian(parts)
-        self._forward_agrees = agree(reverse, found) and agree(reverse, joint)
-        if self.mode == "forward" and not self._forward_agrees:
-            worst = max(gap(reverse, found), gap(reverse, joint))
-            raise UnsupportedLayerError(DISAGREES.format("J v", worst))
-        if self._forward_agrees and self.mode != "forward":
-            self._times = self._time_ways(inputs, parts, graph)
-
-    def _time_ways(self, inputs: Any, parts: list[Tensor], graph: LinearisedGraph) -> Times:
-        """The ways to ``J v``, each twice in turn: the first run of all may be a slow one."""
-        outputs = graph.outputs
-        runs: list[Callable[[], object]] = [
-            lambda: LinearisedGraph(outputs, self.parameters, _unchanged),
-            lambda: graph.times_jacobian(parts),
-            lambda: self._jvp(inputs, parts),
-            lambda: self._jvp(inputs, parts, graph=True),
-            lambda: self._outputs(inputs),
-        ]
-        rounds = [[_seconds(run, outputs.is_cuda) for run in runs] for _ in range(2)]
-        linear, reverse, forward, joint, primal = map(min, *rounds)
-        return Times(linear, reverse, forward, joint - primal)
+        part, _ = self._few(inputs, targets)
+        self._forward_agrees, self._times = try_forward(
+            lambda: self._outputs(part),
+            functools.partial(self._jvp, part),
+            self.parameters,
+            required=self.mode == "forward",
+        )
 
     def _forward_pays(self, count: int) -> bool:
         if self.mode == "forward" or self._times is None:
             return True
-        times = self._times
-        if self._wants_to_keep():
-            return times.forward < times.reverse
-        first = times.joint if self._joins(count) else times.forward
-        return first + (count - 1) * times.forward < times.graph + count * times.reverse
+        return self._times.forward_pays(
+            count, kept=self._wants_to_keep(), joined=self._joins(count)
+        )
 
     def _joins(self, count: int) -> bool:
         """Whether one pass gives the outputs, their graph and the first ``J v``.
@@ -411,26 +365,3 @@ class Engine:
         if self._pieces > 1:
             words.append(f"batches in {self._pieces} parts")
         self.used = ", ".join(words)
-
-
-class Times(NamedTuple):
-    """Seconds, on the first batch: of the ways to ``J v``."""
-
-    graph: float  # of the linearised model, for reverse mode
-    reverse: float  # a product through it
-    forward: float  # a pass in forward mode
-    joint: float  # by how much a pass with the outputs' graph gets longer if it gives J v, too
-
-
-def _seconds(run: Callable[[], object], cuda: bool) -> float:
-    if cuda:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    if cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def _unchanged(jv: Tensor) -> Tensor:
-    return jv
