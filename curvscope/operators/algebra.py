@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import OptionError, ParameterMismatchError, ShapeError
 from .base import Layout, Operator, Provenance
 from .blocks import Blocks, MappedBlocks
+from .numerics import symmetric
 from .wrappers import Wrapper, norm_by_columns
 
 _SMALL = 4096  # rows up to which a norm is taken column by column
@@ -66,9 +67,10 @@ class Sum(Operator):
         return result
 
     def _dense(self) -> Tensor:
-        result = self.terms[0].dense().to(self.dtype)
-        for term in self.terms[1:]:
-            result += term.dense()
+        result = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        for term in self.terms:
+            # where terms cancel, what rounding left unsymmetric in them would pass for asymmetry
+            result += symmetric(f"The {term.info.what}", term.dense())
         return result
 
     def diagonal(self) -> Tensor:

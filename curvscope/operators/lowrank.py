@@ -58,7 +58,8 @@ class LowRankOperator(Operator):
         return self._V @ (self._weights.unsqueeze(1) * (self._V.mT @ vectors))
 
     def _dense(self) -> Tensor:
-        return (self._V * self._weights) @ self._V.mT
+        dense = (self._V * self._weights) @ self._V.mT
+        return dense.add_(dense.mT.clone()).mul_(0.5)  # exactly symmetric, also where terms cancel
 
     def diagonal(self) -> Tensor:
         result = self._V.new_zeros(self.shape[0])

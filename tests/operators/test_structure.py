@@ -93,6 +93,39 @@ def test_sums_that_stay_of_one_class() -> None:
         assert torch.allclose(total.dense(), left.dense() + right.dense(), atol=1e-12)
 
 
+def _eigen_kronecker(shift: float) -> EigenKroneckerOperator:
+    U_G, U_A = torch.linalg.qr(randn(3, 3)).Q, torch.linalg.qr(randn(4, 4)).Q
+    U_A = torch.linalg.qr(U_A + shift * randn(4, 4)).Q  # so that the difference stays a sum
+    return EigenKroneckerOperator(U_G, U_A, 1.0 + randn(3, 4).square())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda shift: LowRankOperator(randn(5, 8) + shift, randn(8)), _eigen_kronecker],
+    ids=["low rank", "eigenbasis"],
+)
+def test_differences_of_nearly_equal_matrices_are_symmetric(make) -> None:
+    difference = make(1e-10) - make(0.0)
+    dense = difference.dense()
+    assert 0 < float(dense.abs().max()) < 1e-7
+    assert torch.equal(dense, dense.mT)
+    inverse = difference.inverse(0.5).dense()  # refused before: "The matrix is not symmetric"
+    one = torch.eye(len(dense), dtype=torch.float64)
+    assert float((inverse - 2.0 * one).norm()) < 1e-5
+
+
+def test_sums_with_a_narrower_type_are_symmetric_in_the_wider_one() -> None:
+    narrow = EigenKroneckerOperator(
+        torch.linalg.qr(randn(3, 3)).Q.float(),
+        torch.linalg.qr(randn(4, 4)).Q.float(),
+        randn(3, 4).square().float(),
+    )
+    joint = narrow + DenseOperator(spd(12))
+    assert torch.equal(joint.dense(), joint.dense().mT)
+    eye = torch.eye(12, dtype=torch.float64)
+    assert float((joint.inverse(1.0).dense() @ (joint.dense() + eye) - eye).norm()) < 1e-10
+
+
 def test_sums_melt_into_the_terms_they_fit() -> None:
     total = (KRON + DENSE) + DENSE + DIAGONAL
     assert isinstance(total, Sum) and len(total.terms) == 2
