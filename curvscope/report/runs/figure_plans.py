@@ -11,7 +11,17 @@ from ...plotting.marks import readout
 from ...plotting.style import INK, PALETTE, log_axis, short, whole_numbers
 from ..figure_plans import Plan
 from .gather import Group, Member, Runs, band
-from .lines import blank, colour_of, column, draw_band, heights, logarithmic, of_block, over_seconds
+from .lines import (
+    blank,
+    colour_of,
+    column,
+    draw_band,
+    heights,
+    legend_below,
+    logarithmic,
+    of_block,
+    over_seconds,
+)
 from .logged import logged_plan
 
 _PANELS = 8  # blocks that one picture shows
@@ -31,7 +41,8 @@ def plans(runs: Runs) -> list[Plan]:
     if any(len(group.rates) > 1 for group in runs.groups.values()):
         found.append(_grid(runs))
     found += [_own(runs, "error"), _own(runs, "cosine")]
-    found += [_beside(runs, name, group) for name, group in runs.groups.items()]
+    if any(member.rows("fresh") for _, members in runs.best() for member in members):
+        found += [_beside(runs, name, group) for name, group in runs.groups.items()]
     found.append(_sharpness(runs))
     logged = logged_plan(runs)
     return found if logged is None else [*found, logged]
@@ -72,7 +83,7 @@ def _progress(runs: Runs, axis: str) -> Plan:
             ax.grid(True, axis="y")
             if key != "test_accuracy":
                 logarithmic(ax)
-        _legend(figure, panels[0])
+        legend_below(figure)
 
     return Plan(
         f"progress-{'seconds' if axis == 'seconds' else 'epochs'}",
@@ -85,7 +96,7 @@ def _progress(runs: Runs, axis: str) -> Plan:
             if axis == "seconds"
             else _what_loss(runs)
         ),
-        (2.7 * max(1, len(keys)) + 0.6, 3.0 + 0.18 * math.ceil(len(runs.groups) / 3)),
+        (max(4.6, 2.7 * len(keys) + 0.6), 3.0 + 0.18 * math.ceil(len(runs.groups) / 3)),
         draw,
         reason="" if keys else "No run has a record of its loss.",
     )
@@ -161,7 +172,7 @@ def _own(runs: Runs, key: str) -> Plan:
             readout(ax, "step", title.lower())
             ax.set_title(short(block, 24))
             _scale(ax, key)
-        _legend(figure, panels[0])
+        legend_below(figure)
 
     return Plan(
         f"own-{key}",
@@ -206,7 +217,7 @@ def _beside(runs: Runs, name: str, group: Group) -> Plan:
                     ax.set_xlabel("")
         panels[0][0].set_ylabel("relative error")
         panels[1][0].set_ylabel("cosine")
-        _legend(figure, panels[0][0])
+        legend_below(figure)
 
     return Plan(
         f"beside-{_slug(name)}",
@@ -247,7 +258,7 @@ def _sharpness(runs: Runs) -> Plan:
             ax.set_title(keys[key])
             ax.set_xlabel("step")
             ax.grid(True, axis="y")
-        _legend(figure, panels[0])
+        legend_below(figure)
 
     return Plan(
         "sharpness",
@@ -321,12 +332,6 @@ def _scale(ax: Any, key: str) -> None:
     else:
         ax.axhline(1.0, color=INK, lw=0.6, ls=(0, (1, 2)))
         logarithmic(ax)
-
-
-def _legend(figure: Any, ax: Any) -> None:
-    handles, labels = ax.get_legend_handles_labels()
-    if labels:
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
 
 
 def _named(group: Group) -> str:

@@ -117,3 +117,28 @@ def logarithmic(ax: Axes, *, decades: float = 0.7) -> None:
 def blank(ax: Axes) -> None:
     """An unused panel."""
     ax.set_axis_off()
+
+
+def legend_below(figure: Any, *, least: int = 1) -> None:
+    """One legend for the lines of all panels, in as many columns as the figure is wide.
+
+    A figure with fewer labels than ``least`` has none; one whose legend takes more rows than four
+    columns would gets as much higher.
+    """
+    named = {
+        label: handle
+        for ax in figure.axes
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
+    }
+    if len(named) < max(1, least):
+        return
+    first = min(4, len(named))
+    for columns in range(first, 0, -1):
+        legend = figure.legend(
+            named.values(), named, loc="outside lower center", ncols=columns, columnspacing=1.4
+        )
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            break
+        legend.remove()
+    more = math.ceil(len(named) / columns) - math.ceil(len(named) / first)
+    figure.set_figheight(figure.get_figheight() + 0.18 * more)

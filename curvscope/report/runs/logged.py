@@ -11,7 +11,7 @@ from ...training.measures import REGISTRY
 from ...training.snapshots import SnapshotMeasure
 from ..figure_plans import Plan
 from .gather import PROGRESS, Runs, band
-from .lines import blank, colour_of, draw_band, logarithmic, of_block
+from .lines import blank, colour_of, draw_band, legend_below, logarithmic, of_block
 
 _PANELS = 12  # numbers that the picture shows
 _COLUMNS = 4
@@ -67,9 +67,7 @@ def logged_plan(runs: Runs) -> Plan | None:
             ax.set_xlabel("step")
             ax.grid(True, axis="y")
             logarithmic(ax)
-        handles, labels = panels[0].get_legend_handles_labels()
-        if len(labels) > 1:
-            figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
+        legend_below(figure, least=2)
 
     more = len(numbers) - len(kept)
     return Plan(
