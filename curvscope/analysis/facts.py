@@ -317,7 +317,9 @@ class Facts:
         known = self.eigenvalues_or_samples
         if isinstance(known, SpectralSamples):
             return known.logdet(damping)
-        return log_determinant(known, damping, self.name, dim=self.size), 0.0
+        # the matrix was rounded in its own type, its eigenvalues are those of float64
+        eps = torch.finfo(self.given.dtype).eps
+        return log_determinant(known, damping, self.name, dim=self.size, eps=eps), 0.0
 
     @cached_property
     def eigen(self) -> EigenKroneckerOperator | None:

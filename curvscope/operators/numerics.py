@@ -143,11 +143,15 @@ def convert(value: Any, dtype: torch.dtype, device: torch.device) -> Any:
     return value
 
 
-def noise_level(values: Tensor, dim: int) -> float:
-    """How far from zero an eigenvalue that is zero may be computed, for factors of size ``dim``."""
+def noise_level(values: Tensor, dim: int, eps: float = 0.0) -> float:
+    """How far from zero an eigenvalue that is zero may be computed, for factors of size ``dim``.
+
+    ``eps`` is the rounding of the matrix where it is coarser than that of the eigenvalues.
+    """
     if not values.numel() or dim <= 1:
         return 0.0
-    return max(8.0, math.sqrt(dim)) * torch.finfo(values.dtype).eps * float(values.abs().amax())
+    eps = max(eps, torch.finfo(values.dtype).eps)
+    return max(8.0, math.sqrt(dim)) * eps * float(values.abs().amax())
 
 
 def damped_values(values: Tensor, damping: float, dim: int) -> Tensor:
@@ -183,8 +187,13 @@ def reciprocals(values: Tensor, damping: float, what: str, *, dim: int | None = 
     return 1.0 / shifted
 
 
-def log_determinant(values: Tensor, damping: float, what: str, *, dim: int | None = None) -> float:
-    """``sum(log(values + damping))``; raises ``NotDefinedError`` unless all are positive."""
+def log_determinant(
+    values: Tensor, damping: float, what: str, *, dim: int | None = None, eps: float = 0.0
+) -> float:
+    """``sum(log(values + damping))``; raises ``NotDefinedError`` unless all are positive.
+
+    ``eps`` as in :func:`noise_level`: with it a zero that was rounded below zero is not indefinite.
+    """
     dim = values.numel() if dim is None else dim
     shifted = damped_values(values, damping, dim)
     if not shifted.numel():
@@ -193,6 +202,7 @@ def log_determinant(values: Tensor, damping: float, what: str, *, dim: int | Non
     # non-negative eigenvalues plus a positive damping are positive however small the damping is
     floor = 0.0 if least >= damping > 0 else noise_level(values, dim)
     if least <= floor:
+        floor = noise_level(values, dim, eps)
         kind = "indefinite" if least < -floor else "singular to working precision"
         raise NotDefinedError(
             f"The log-determinant of the {what} with damping {damping:g} is not defined: the "

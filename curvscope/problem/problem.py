@@ -249,9 +249,13 @@ class Problem(Shown):
                 'batchnorm="eval".'
             ) from error
         if not isinstance(outputs, Tensor):
+            if self._forward is None:
+                advice = "say what the outputs are with forward=lambda model, inputs: ..."
+            else:
+                advice = "let it return what the loss needs, joined by torch.cat if it is several."
             raise ModelError(
-                f"The model returned {type(outputs).__name__}, not a tensor: say what the outputs "
-                "are with forward=lambda model, inputs: ..."
+                f"{'The model' if self._forward is None else 'forward='} returned "
+                f"{type(outputs).__name__}, not a tensor: {advice}"
             )
         return outputs
 

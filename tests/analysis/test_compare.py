@@ -280,6 +280,15 @@ def test_a_singular_matrix_has_an_infinite_condition_number_unless_damped() -> N
     assert damped["stein_divergence"] > 0
 
 
+def test_zeros_rounded_below_zero_are_not_called_indefinite() -> None:
+    low = cases.normal(16, 3, seed=5).float()
+    rounded = low @ low.T
+    assert torch.linalg.eigvalsh(rounded.double())[0] < -1e-8
+    row = compare(DenseOperator(rounded), IdentityOperator(16, 1.0, dtype=torch.float32)).rows[0]
+    assert math.isnan(row["stein_divergence"])
+    assert "singular to working precision" in row.reasons["stein_divergence"]
+
+
 def test_a_zero_reference_has_no_relative_numbers() -> None:
     zero = DenseOperator(torch.zeros(4, 4, dtype=torch.float64))
     row = compare(zero, DenseOperator(cases.definite(4, 0))).rows[0]

@@ -76,6 +76,11 @@ DATA: dict[str, Refusal] = {
         errors.ModelError,
         ("tuple", "forward="),
     ),
+    "forward= returns a dict": (
+        checked(forward=lambda model, x: {"u": model(x)}),
+        errors.ModelError,
+        ("forward= returned dict", "torch.cat"),
+    ),
     "subset too large": (
         lambda: problem().subset(7),
         errors.OptionError,
