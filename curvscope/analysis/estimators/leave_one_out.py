@@ -81,6 +81,15 @@ class LeaveOneOut:
         self.basis = torch.cat([self.basis, new], 1)
         self.images = torch.cat([self.images, images], 1)
 
+    def complete(self) -> None:
+        """Take the rest of the space into the basis: the trace and the diagonal are then known."""
+        old = self.basis.shape[1]
+        new = torch.linalg.qr(self.basis, mode="complete").Q[:, old:]
+        images = [self.meter(part) for part in new.split(self.meter.columns(), 1) if part.numel()]
+        self.basis = torch.cat([self.basis, new], 1)
+        self.images = torch.cat([self.images, *images], 1)
+        self.full = False
+
     def _orthonormal(self, sketch: Tensor, noise: float) -> tuple[Tensor, Tensor]:
         """Orthonormal columns ``[P, r]`` for what is new in ``sketch``, its coefficients."""
         old, count = self.basis.shape[1], sketch.shape[1]
@@ -226,7 +235,11 @@ def leave_one_out(
     keeper: Keeper,
     label: str,
 ) -> LeaveOneOut:
-    """Doubles the probes until the error is ``tol`` of the size, or there are ``most`` of them."""
+    """Doubles the probes until the error is ``tol`` of the size, or there are ``most`` of them.
+
+    Where the rest of the space takes no more products than that, it is taken whole: probes as many
+    as rows would leave out next to nothing, and say nothing of their spread.
+    """
     parts = LeaveOneOut(meter, seed)
     state = keeper.load()
     if state is not None:
@@ -236,6 +249,10 @@ def leave_one_out(
         target = min(most, 2 * target)
         if parts.count > target:  # resumed
             continue
+        # two products for every further probe, or one for every direction that is left
+        if parts.full and meter.size - parts.basis.shape[1] <= 2 * (target - parts.count):
+            parts.complete()
+            return parts
         block = meter.columns(8)
         for start in track(range(parts.count, target, block), label):
             parts.add(min(block, target - start))
