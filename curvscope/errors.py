@@ -122,7 +122,7 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     written: dict[str, list[str]] = {}
     for each in known:
         written.setdefault(each.lower(), []).append(each)
-    found = difflib.get_close_matches(name.lower(), list(written), n=count, cutoff=0.4)
+    found = difflib.get_close_matches(str(name).lower(), list(written), n=count, cutoff=0.4)
     close = [each for lowered in found for each in written[lowered]][:count]
     return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
 

@@ -18,6 +18,7 @@ from .factor_diagonals import NORMS, DiagonalCollector, min_max
 from .layer import CONVOLUTIONS, Layer
 from .loss_scale import LossScale, take_scale
 from .passes import call_closure
+from .tap import LayerCall
 
 AVERAGING = ("paper", "release")
 _FACTORS = ("H_D", "S_D", "H", "S", "refreshed", "refreshes")
@@ -158,15 +159,16 @@ class AdaFisher(CurvatureOptimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters of the model, with options of their own."""
-        options = {**self.defaults, **param_group}
-        non_negative("beta", options["beta"], below=1.0)
-        non_negative("damping", options["damping"], positive=True)
-        non_negative("decay", options["decay"], below=1.0)
         super().add_param_group(param_group)
         if self._bound:
             self._fresh = True
             if self._tap is not None:
                 self._tap.active = True
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        non_negative("beta", group["beta"], below=1.0)
+        non_negative("damping", group["damping"], positive=True)
+        non_negative("decay", group["decay"], below=1.0)
 
     def _forget_factors(self, block: str) -> None:
         self._fired.discard(block)
@@ -177,7 +179,11 @@ class AdaFisher(CurvatureOptimizer):
     # -- statistics ------------------------------------------------------------------------------
 
     def _open(self) -> None:
-        self._tap_layers(self._collector.use).active = self._due()
+        self._tap_layers(self._receive).active = self._watching()
+
+    def _receive(self, call: LayerCall) -> None:
+        if self._due() or call.layer.block not in self._fired:
+            self._collector.use(call)
 
     def _extra_state(self) -> dict[str, Any]:
         return {"fresh": self._fresh}
@@ -185,11 +191,16 @@ class AdaFisher(CurvatureOptimizer):
     def _load_extra_state(self, extra: Mapping[str, Any]) -> None:
         self._fresh = extra["fresh"]
         assert self._tap is not None
-        self._tap.active = self._due()
+        self._tap.active = self._watching()
 
     def _due(self) -> bool:
         """Whether the next step takes statistics: by the clock, or since a layer has none yet."""
         return self.steps % self.update_every == 0 or self._fresh
+
+    def _watching(self) -> bool:
+        """Whether the next step may take statistics: also of layers that did not run before."""
+        alone = self._process_group is None  # ranks meet at statistics steps only
+        return self._due() or (alone and len(self._fired) < len(self.layers))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; the statistics of the backward passes since the last step go too."""
@@ -259,7 +270,7 @@ class AdaFisher(CurvatureOptimizer):
                     return loss
                 self._check_gradients()
                 self._check_loss(loss, self._culprit(loss, closure))
-                if self._due():
+                if self._watching():
                     self._refresh(scale)
         finally:
             self._collector.sums.clear()
@@ -275,7 +286,8 @@ class AdaFisher(CurvatureOptimizer):
         self.steps += 1
         self._fresh = False
         assert self._tap is not None
-        self._tap.active = self._due()
+        self._tap.active = self._watching()
+        self._seen_to_run(())
         return loss
 
     def _update(self, layer: Layer, p: nn.Parameter, group: dict[str, Any]) -> None:

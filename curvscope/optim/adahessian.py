@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import NonFiniteError, OptionError, check_option
 from ..operators import DiagonalOperator, Operator
 from ..problem.blocks import layer_of
-from .checks import finite, non_negative, whole_number
+from .checks import finite, non_negative, seed_number, whole_number
 from .diagnosing import angle, first_bad_layer, spread
 from .double_backward import (
     check_differentiable,
@@ -127,6 +127,8 @@ class AdaHessian(EveryParameter):
         process_group: Any = None,
     ) -> None:
         check_option("averaging", averaging, AVERAGING)
+        if probes is not None and not callable(probes):
+            raise OptionError(f"probes={probes!r} must be a function of the list of parameters.")
         self.averaging, self.probes = averaging, probes
         self.n_probes = whole_number("n_probes", n_probes)
         self.update_every = whole_number("update_every", update_every)
@@ -145,20 +147,21 @@ class AdaHessian(EveryParameter):
             "maximize": maximize,
         }
         super().__init__(target, params, defaults, process_group=process_group)
-        self._generator = torch.Generator(self.device).manual_seed(seed)
+        self._generator = torch.Generator(self.device).manual_seed(seed_number(seed))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, with options of their own."""
-        options = {**self.defaults, **param_group}
-        betas = options["betas"]
+        super().add_param_group(param_group)
+        self._fresh = self._fresh or self._bound
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        betas = group["betas"]
         if not isinstance(betas, tuple | list) or len(betas) != 2:
             raise OptionError(f"betas={betas!r} must be two numbers, such as (0.9, 0.999).")
         for k in (0, 1):
             non_negative(f"betas[{k}]", betas[k], below=1.0)
-        non_negative("eps", options["eps"], positive=True)
-        non_negative("hessian_power", options["hessian_power"])
-        super().add_param_group(param_group)
-        self._fresh = self._fresh or self._bound
+        non_negative("eps", group["eps"], positive=True)
+        non_negative("hessian_power", group["hessian_power"])
 
     def _bind(self) -> None:
         super()._bind()

@@ -8,6 +8,7 @@ is here: parameters and blocks, the fallback rule, saving and loading, checks, o
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -105,7 +106,10 @@ class CurvatureOptimizer(Inspection, torch.optim.Optimizer):
 
         A layer that gets a bias in this way has factors of another shape, which begin anew.
         """
-        super().add_param_group(param_group)
+        try:
+            super().add_param_group(param_group)
+        except (TypeError, ValueError) as error:  # no dictionary, or parameters of another group
+            raise OptionError(f"{self.method} cannot take these parameters: {error}.") from error
         group, params = self.param_groups[-1], getattr(self, "params", None)
         try:
             checks.check_group(group)
@@ -314,6 +318,21 @@ class CurvatureOptimizer(Inspection, torch.optim.Optimizer):
                     p.sub_(part, alpha=lr)
                 else:
                     p.sub_((lr * part).to(p.dtype))
+
+    def _seen_to_run(self, blocks: Iterable[str]) -> None:
+        """The layers of these blocks ran in a step; warns if in the first one no layer did.
+
+        All of a method would otherwise be its fallback without a word.
+        """
+        self._fired.update(blocks)
+        if self.steps == 1 and self.layers and not self._fired:
+            warnings.warn(
+                f"None of the layers that {self.method} covers was seen to run, so {self.fallback} "
+                "moves their parameters: see coverage(). A model that was compiled and has run "
+                "before has its code without hooks: call torch.compiler.reset() after building the "
+                "optimizer. Under torch.func.vmap layers are not seen.",
+                stacklevel=4,
+            )
 
     @torch.no_grad()
     def _fallback_step(self, names: Iterable[str]) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import ModelError, OptionError
+from ..errors import DataError, ModelError, OptionError
 from ..problem.blocks import layer_of, select_parameters
 
 
@@ -28,6 +28,11 @@ def parameter_groups(model: nn.Module, params: Any, method: str) -> list[dict[st
         return [{"params": list(select_parameters(model, params).values())}]
     if isinstance(params, Tensor):
         params = [params]
+    if not isinstance(params, Iterable):
+        raise OptionError(
+            f"params={params!r} must be parameters of the model, names or patterns of them, or "
+            "parameter groups."
+        )
     entries = list(params)
     if not entries:
         raise OptionError(f"{method} got an empty list of parameters; leave params= out for all.")
@@ -81,14 +86,36 @@ def whole_number(name: str, value: Any) -> int:
 def whole(name: str, value: Any, *, least: int = 1) -> None:
     """Refuse a setting that is not a whole number from ``least`` on."""
     good = isinstance(value, int | float) and not isinstance(value, bool)
-    if not good or int(value) != value or value < least:
+    if not good or not math.isfinite(value) or int(value) != value or value < least:
         raise OptionError(f"{name}={value!r} must be a whole number from {least} on.")
+
+
+def flag(name: str, value: Any) -> None:
+    """Refuse a switch that is neither on nor off."""
+    if not isinstance(value, bool):
+        raise OptionError(f"{name}={value!r} must be True or False.")
+
+
+def seed_number(seed: Any) -> int:
+    """``seed`` as an ``int``; refused unless it is a whole number."""
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise OptionError(f"seed={seed!r} must be a whole number.")
+    return seed
+
+
+def batches(loader: Any) -> Iterator[Any]:
+    """Refuse what has no batches."""
+    try:
+        return iter(loader)
+    except TypeError as error:
+        raise DataError(f"Batches come from a loader or a list of batches: {error}.") from error
 
 
 def check_group(group: Mapping[str, Any]) -> None:
     """Check the options that all methods have."""
     non_negative("lr", group["lr"])
     non_negative("weight_decay", group.get("weight_decay", 0.0))
+    flag("maximize", group.get("maximize", False))
     if group.get("fallback_lr") is not None:
         non_negative("fallback_lr", group["fallback_lr"])
 

@@ -47,10 +47,11 @@ def gradient_and_products(
             loss.reshape(()), list(parameters), create_graph=bool(probes), allow_unused=True
         )
         last = len(probes) - 1
-        return gradients, [
+        products = [
             hessian_product(gradients, parameters, z, keep_graph=k < last)
             for k, z in enumerate(probes)
         ]
+        return [None if g is None else _dense(g.detach()) for g in gradients], products
     except RuntimeError as error:
         text = str(error)
         if "second time" in text or "have already been freed" in text:
@@ -86,7 +87,12 @@ def hessian_product(
             allow_unused=True,
             retain_graph=keep_graph,
         )
-    return [torch.zeros_like(p) if h is None else h for h, p in zip(found, parameters)]
+    return [torch.zeros_like(p) if h is None else _dense(h) for h, p in zip(found, parameters)]
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    """Embeddings may have sparse ones."""
+    return gradient.to_dense() if gradient.is_sparse else gradient
 
 
 @contextmanager

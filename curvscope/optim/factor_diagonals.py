@@ -87,7 +87,8 @@ class DiagonalCollector:
     def use(self, call: LayerCall) -> None:
         """A layer has run: sum over its input now, over its output gradient when that is there."""
         h, count = input_sums(call, second_axis=self.second_axis)
-        watch_gradient(call.outputs, _gradient_hook(weakref.ref(self), call.layer, h, count))
+        hook = _gradient_hook(weakref.ref(self), call.layer, h, count)
+        watch_gradient(call.outputs, hook, call.layer.weight)
 
     def add(self, block: str, sums: DiagonalSums) -> None:
         """Count one use of a block's layer."""

@@ -111,10 +111,11 @@ class FisherStatistics:
         self._count(len(head.z), calls[0][0].samples)
         self._measure([head], calls)
 
-    def read(self, loss: Tensor) -> None:
-        """``loss.backward()`` is about to be called."""
+    def read(self, loss: Tensor, again: bool = False) -> None:
+        """``loss.backward()`` is about to be called; ``again``: maybe not for the last time."""
         if self._pending and checks.finite(loss):
-            self._pending = self._measure(read_loss(loss), self._pending)
+            left = self._measure(read_loss(loss), self._pending)
+            self._pending = self._pending if again else left
 
     def read_outputs(self, outputs: Any) -> None:
         """Measure now, by the loss that was named."""
@@ -153,9 +154,10 @@ class FisherStatistics:
                         call = calls[k][0]
                         moments = self.seen.setdefault(call.layer.block, Moments())
                         moments.outputs.add(call, gradient.detach(), call.dtype)
-                        if k not in reached:
+                        reached.add(k)
+                        if not call.counted:
                             moments.inputs.add(call, call.dtype)
-                            reached.add(k)
+                            call.counted = True
         return [call for k, call in enumerate(calls) if k not in reached]
 
     def _cotangents(

@@ -124,8 +124,9 @@ class KBFGS(CurvatureOptimizer):
         fallback: str = "adam",
         process_group: Any = None,
     ) -> None:
-        if memory is not None and (isinstance(memory, bool) or memory < 1 or int(memory) != memory):
-            raise OptionError(f"memory={memory!r} must be a number of pairs from 1 on, or None.")
+        if memory is not None:
+            checks.whole("memory", memory)
+        checks.flag("full_batch", full_batch)
         checks.non_negative("decay", decay, below=1)
         if max_update_norm is not None:
             checks.non_negative("max_update_norm", max_update_norm, positive=True)
@@ -216,7 +217,7 @@ class KBFGS(CurvatureOptimizer):
         batches: dict[str, int] = {}
         self._phase = "warm"
         with undisturbed(self.model, self.device), self._attached() as tap, aside(tap):
-            for batch in loader:
+            for batch in checks.batches(loader):
                 self._seen = {}
                 with tap.watching(forward_only=True), torch.no_grad():
                     run_batch(self._wrapper, batch, self.device, forward)
@@ -272,8 +273,8 @@ class KBFGS(CurvatureOptimizer):
                     self._learn(active, scale)
             finally:  # the parameters have moved: the step counts, whatever happens to its pairs
                 self._seen = {}
-                self._fired.update(active)
                 self.steps += 1
+                self._seen_to_run(active)
         return loss
 
     def _call_again(

@@ -140,7 +140,7 @@ class KFAC(CurvatureOptimizer):
         checks.whole("inverse_every", inverse_every)
         self.fisher, self.split = fisher, split
         self.decay, self.inverse_every = decay, int(inverse_every)
-        self._statistics = FisherStatistics(fisher, loss, int(seed))
+        self._statistics = FisherStatistics(fisher, loss, checks.seed_number(seed))
         self._last: dict[str, dict[str, Tensor]] = {}
         self._eigenvalues = True
         defaults = {"lr": lr, "damping": damping, "momentum": momentum}
@@ -201,8 +201,8 @@ class KFAC(CurvatureOptimizer):
             self._statistics.reset()
         self._descend(active)
         self._fallback_step(n for b in self.blocks if b not in active for n in self.blocks[b])
-        self._fired.update(active)
         self.steps += 1
+        self._seen_to_run(active)
         return loss
 
     def _evaluate(self, closure: Closure) -> Tensor:
@@ -315,7 +315,7 @@ class KFAC(CurvatureOptimizer):
         self._check_ready()
         sums: dict[str, list[Tensor]] = {}
         batches: dict[str, int] = {}
-        for batch in loader:
+        for batch in checks.batches(loader):
             with undisturbed(self.model, self.device), without_weight_gradients(self.model):
                 self._pass(batch, loss, forward)
             blocks = [b for b, moments in statistics.seen.items() if moments.complete]

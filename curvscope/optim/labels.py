@@ -39,6 +39,7 @@ _MOVING = frozenset(("Transpose", "Permute", "T", "Slice", "Select"))
 _RESHAPING = frozenset(("View", "ReshapeAlias", "UnsafeView"))
 _KEEPING = frozenset(("Clone", "Alias", "ToCopy", "Unsqueeze", "Squeeze", "Mm"))
 # fmt: on
+_BACKWARD = ("self", "gradient", "retain_graph", "create_graph", "inputs")
 _REDUCTIONS = {0: "none", 1: "mean", 2: "sum"}
 
 
@@ -81,9 +82,12 @@ class Head:
 
 
 class BackwardWatch(TorchFunctionMode):
-    """Hands every loss to ``receive`` when ``loss.backward()`` is called, with its graph alive."""
+    """Hands every loss to ``receive`` when ``loss.backward()`` is called, with its graph alive.
 
-    def __init__(self, receive: Callable[[Tensor], None]) -> None:
+    ``receive(loss, again)``: the graph stays, so that another loss may come back to it.
+    """
+
+    def __init__(self, receive: Callable[[Tensor, bool], None]) -> None:
         super().__init__()
         self._receive = receive
         self.calls = 0
@@ -93,7 +97,9 @@ class BackwardWatch(TorchFunctionMode):
     ) -> Any:
         if func is Tensor.backward and args[0].numel() == 1:
             self.calls += 1
-            self._receive(args[0])
+            given = {**dict(zip(_BACKWARD, args, strict=False)), **(kwargs or {})}
+            again = given.get("retain_graph")
+            self._receive(args[0], bool(given.get("create_graph") if again is None else again))
         return func(*args, **(kwargs or {}))
 
 

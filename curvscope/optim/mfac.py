@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -240,10 +240,15 @@ class MFAC(EveryParameter):
             for k, v in window.items()
         }
 
-    def curvature(self, *, damped: bool = True) -> Operator:  # type: ignore[override]
-        """``F`` over all parameters; ``damped=False``: ``(1/m) sum_i g_i g_i^T``, of low rank."""
-        if not self._window:
-            return super().curvature(damped=damped)
+    def curvature(  # type: ignore[override]
+        self, *, damped: bool = True, blocks: Sequence[str] | None = None
+    ) -> Operator:
+        """``F`` over all parameters; ``damped=False``: ``(1/m) sum_i g_i g_i^T``, of low rank.
+
+        With ``blocks`` the diagonal blocks of these names alone.
+        """
+        if not self._window or blocks is not None:
+            return super().curvature(damped=damped, blocks=blocks)
         return self._whole("damped" if damped else "raw")
 
     def preconditioner(self) -> Operator:  # type: ignore[override]

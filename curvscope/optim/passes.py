@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,8 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import TorchFunctionMode
 
 from ..errors import OptionError, UnsupportedLossError
+from ..modes import aside
 
 Closure = Callable[[], Any]
 _NORMS = (nn.modules.batchnorm._NormBase,)
@@ -62,6 +64,7 @@ class Buffers:
 
 def call_closure(closure: Closure, method: str) -> Tensor:
     """Run the closure with gradients enabled and return its loss, one number without a graph."""
+    check_closure(closure, method)
     with torch.enable_grad():
         loss = closure()
     if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -106,6 +109,49 @@ def without_weight_gradients(model: nn.Module) -> Iterator[None]:
             parameter.grad = gradient
 
 
+class NoOtherGradients(TorchFunctionMode):
+    """While a closure is called again, tensors outside the model keep their ``.grad`` too.
+
+    Such as the parameters of an encoder that another optimizer trains. And what
+    ``torch.autograd.grad`` computes in the closure is not taken for gradients of the loss.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kept: dict[Tensor, Tensor | None] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        if func is Tensor.backward:
+            for leaf in leaves_of(args[0]):
+                if leaf not in self._kept:
+                    self._kept[leaf], leaf.grad = leaf.grad, None
+        elif func is torch.autograd.grad:
+            with aside():
+                return func(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for leaf, gradient in self._kept.items():
+            leaf.grad = gradient
+
+
+def leaves_of(value: Tensor) -> Iterator[Tensor]:
+    """The tensors that ``value.backward()`` would give a gradient."""
+    stack, seen = [value.grad_fn], set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if isinstance(leaf, Tensor):
+            yield leaf
+        stack += [below for below, _ in node.next_functions]
+
+
 @contextmanager
 def replaying(
     model: nn.Module, wrapper: nn.Module, at: RandomState, device: torch.device
@@ -117,7 +163,7 @@ def replaying(
     now, buffers = RandomState(device), Buffers(model)
     at.restore()
     try:
-        with without_weight_gradients(model):
+        with without_weight_gradients(model), NoOtherGradients():
             if isinstance(wrapper, DistributedDataParallel):
                 with wrapper.no_sync():
                     yield

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from .base import CurvatureOptimizer
 
 KEY = "curvscope"
+#: settings on which it depends what the numbers of a state are
+_MEANING = ("memory", "fallback", "averaging")
 _DOUBLE = ("SY", "YY")  # in float64 whatever the parameters are
 _TRANSIENT = ("_tap", "_process_group", "step", "layers", "_facts", "_reasons", "_positions")
 
@@ -33,7 +35,7 @@ def pack(optimizer: CurvatureOptimizer, state_dict: dict[str, Any]) -> dict[str,
             "dtype": str(optimizer.factor_dtype),
             "steps": optimizer.steps,
             "fired": sorted(optimizer._fired),
-            "memory": getattr(optimizer, "memory", None),
+            **{name: getattr(optimizer, name, None) for name in _MEANING},
             **optimizer._extra_state(),
         },
     }
@@ -57,12 +59,13 @@ def check(optimizer: CurvatureOptimizer, state_dict: Mapping[str, Any]) -> None:
         raise OptionError(
             f"This is the state of {meta['method']}, which {optimizer.method} cannot continue."
         )
-    memory = getattr(optimizer, "memory", None)
-    if meta.get("memory", memory) != memory:
-        raise OptionError(
-            f"This state was saved with memory={meta['memory']}, and this {optimizer.method} has "
-            f"memory={memory}: build it with the memory that it was saved with."
-        )
+    for name in _MEANING:
+        here = getattr(optimizer, name, None)
+        if meta.get(name, here) != here:
+            raise OptionError(
+                f"This state was saved with {name}={meta[name]!r}, and this {optimizer.method} has "
+                f"{name}={here!r}: build it with the {name} that it was saved with."
+            )
     saved = [(name, list(shape)) for name, shape in meta["parameters"]]
     mine = [(name, list(shape)) for name, shape in _parameters(optimizer)]
     if saved != mine:

@@ -123,7 +123,7 @@ def _batch_norm(
     """The normalised input, or ``None`` where this is a case for torch's own kernel."""
     if not training or weight is None or bias is None or not _alike(input, weight, bias):
         return None
-    if input.numel() == input.shape[1]:  # one value per channel: torch refuses it, with reasons
+    if input.numel() <= input.shape[1]:  # one value per channel or none: torch knows what to say
         return None
     result: Tensor = _BatchNorm.apply(input, weight, bias, running_mean, running_var, momentum, eps)
     return result

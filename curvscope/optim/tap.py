@@ -48,6 +48,7 @@ class LayerCall:
     outputs: Tensor
     samples: int
     pass_index: int
+    counted: bool = False  # by whoever keeps it for several losses
 
     @property
     def dtype(self) -> torch.dtype:
@@ -100,7 +101,7 @@ class LayerCall:
             with measuring(gradient.device):
                 receive(twin, gradient.detach())
 
-        watch_gradient(self.outputs, hook)
+        watch_gradient(self.outputs, hook, self.layer.weight)
 
 
 class LayerTap:
@@ -108,8 +109,8 @@ class LayerTap:
 
     ``outputs(tensor)`` gets what the model as a whole returns, where that is one tensor, and may
     return a tensor that takes its place. Bound methods are held weakly, so a tap does not keep its
-    optimizer alive. Nothing is seen while :attr:`active` is false, without gradients, and while
-    checkpointed segments are computed again.
+    optimizer alive. Nothing is seen while :attr:`active` is false, without gradients, in transforms
+    of ``torch.func``, and while checkpointed segments are computed again.
     With :attr:`probing`, layers whose output has no graph (because no parameter requires a
     gradient) start one there; with :attr:`forward_only`, passes without gradients are seen as well.
     ``close()`` removes the hooks; so does the end of the tap itself.
@@ -211,6 +212,8 @@ class _Hook:
             return None
         if not torch.is_grad_enabled() and not tap.forward_only:
             return None
+        if _in_transform():
+            return None
         return getattr(tap, self.event)(self.layer, *args)
 
     def __reduce__(self) -> Any:  # deepcopy and pickle of the model
@@ -228,6 +231,13 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def _in_transform() -> bool:
+    """Whether a transform of ``torch.func`` runs, whose tensors must not leave it."""
+    # while a model is compiled, the stack is the compiler's
+    compiling = torch.compiler.is_compiling()
+    return not compiling and torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def remove_dead_hooks(model: nn.Module) -> None:
     """Remove what copying has left of another tap's hooks."""
     for module in model.modules():
@@ -243,20 +253,30 @@ def remove_dead_hooks(model: nn.Module) -> None:
                         flags.pop(key, None)
 
 
-def watch_gradient(output: Tensor, receive: Callable[[Tensor], None]) -> None:
-    """Call ``receive(gradient)`` when the gradient in ``output`` is there.
+def watch_gradient(output: Tensor, receive: Callable[[Tensor], None], weight: Tensor) -> None:
+    """Call ``receive(gradient)`` when the gradient in ``output`` is there, for that in ``weight``.
 
     A view (a Linear layer on three axes returns one) drops its hooks when it is changed in place,
     so there the hook goes to the tensor that it views. Gradients of passes that are not the
-    training's own (:func:`~curvscope.modes.aside`) are left out.
+    training's own (:func:`~curvscope.modes.aside`) are left out, and those of passes that do not
+    get to the weight: the derivative in the inputs that a penalty or an equation is made of.
     """
     shape = output.shape
+    leaf = get_gradient_edge(weight).node if weight.requires_grad else None
 
     def hook(gradient: Tensor) -> None:
-        if not between_passes():
+        if not between_passes() and (leaf is None or _reached(leaf)):
             receive(gradient.reshape(shape))
 
     _origin(output).register_hook(hook)
+
+
+def _reached(leaf: Any) -> bool:
+    """Whether the backward pass under way gets to a leaf."""
+    try:
+        return torch._C._will_engine_execute_node(leaf)
+    except RuntimeError:  # torch.autograd.grad with the leaf itself among its inputs
+        return True
 
 
 def gradient_edge(output: Tensor) -> GradientEdge:

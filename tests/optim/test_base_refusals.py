@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from curvscope import errors
-from curvscope.optim import KBFGS, KFAC, AdaFisher
+from curvscope.optim import KBFGS, KFAC, AdaFisher, AdaHessian
 from curvscope.optim.fallback import adam_update, sgd_update
 
 from .every_method import Method, each_method
@@ -95,6 +95,7 @@ def test_sparse_gradients_and_own_learning_rates_of_the_fallback() -> None:
         ({"params": "no.such.layer"}, "matches no parameter"),
         ({"params": [torch.zeros(2, requires_grad=True)]}, "do not belong to the model"),
         ({"params": [3]}, "not int"),
+        ({"params": 3}, "params=3"),
         ({"params": [{"lr": 0.1}]}, "'params'"),
     ],
 )
@@ -110,6 +111,13 @@ def test_settings_that_are_refused(options: dict[str, Any], part: str) -> None:
         (KBFGS, {"memory": 0}, "memory=0"),
         (KBFGS, {"memory": 2.5}, "memory=2.5"),
         (KBFGS, {"max_update_norm": 0.0}, "max_update_norm"),
+        (KBFGS, {"memory": "10"}, "memory='10'"),
+        (KBFGS, {"memory": math.nan}, "memory=nan"),
+        (KBFGS, {"full_batch": "yes"}, "full_batch='yes'"),
+        (KFAC, {"seed": None}, "seed=None"),
+        (AdaHessian, {"seed": 0.5}, "seed=0.5"),
+        (AdaHessian, {"probes": 5}, "probes=5"),
+        (AdaFisher, {"maximize": "no"}, "maximize='no'"),
         (KFAC, {"fisher": "true"}, "'mc'"),
         (KFAC, {"split": "trac"}, "'trace'"),
         (KFAC, {"inverse_every": 0}, "inverse_every=0"),
@@ -120,7 +128,29 @@ def test_settings_that_are_refused(options: dict[str, Any], part: str) -> None:
 )
 def test_own_settings_that_are_refused(make: Any, options: dict[str, Any], part: str) -> None:
     with pytest.raises(errors.CurvscopeError, match=part):
-        make(small(), 0.1, 0.3, **options)
+        make(small(), **{"lr": 0.1, **({} if make is AdaHessian else {"damping": 0.3}), **options})
+
+
+@each_method
+def test_calls_that_are_refused(method: Method) -> None:
+    """Not by whatever Python says of the wrong type."""
+    model = small()
+    optimizer = method.build(model)
+    group = {"params": [model[0].weight]}
+    for call, part in (
+        (lambda: optimizer.add_param_group(5), "must be a dict"),
+        (lambda: optimizer.add_param_group(group), "more than one parameter group"),
+        (lambda: method.build(model, params=[group, dict(group)]), "more than one parameter group"),
+        (lambda: optimizer.factors(5), "no block 5"),
+        (lambda: optimizer.step(5), "int"),
+        (lambda: optimizer.curvature(blocks=["3"]), "no block '3'"),
+    ):
+        with pytest.raises(errors.CurvscopeError, match=part):
+            call()
+    if hasattr(optimizer, "warm_start"):
+        own = {"loss": F.cross_entropy} if method.make is KFAC else {}
+        with pytest.raises(errors.DataError, match="not iterable"):
+            optimizer.warm_start(None, **own)
 
 
 def test_models_that_are_refused() -> None:

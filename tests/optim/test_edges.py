@@ -99,6 +99,46 @@ def test_states_of_another_memory_are_refused_before_anything_changes(name: str)
     assert snapshot(optimizer, model) == before
 
 
+@pytest.mark.parametrize("name", ["K-BFGS", "AdaFisher"])
+def test_states_of_another_fallback_are_refused(name: str) -> None:
+    """What Adam kept is nothing that SGD can go on with, and the other way round."""
+    method = next(m for m in METHODS if m.name == name)
+    saved = method.build(mlp(), fallback="sgd")
+    method.run(saved, saved.model, ROWS, 1)
+    with pytest.raises(errors.OptionError, match="fallback='sgd'"):
+        method.build(mlp()).load_state_dict(saved.state_dict())
+    if name == "AdaFisher":
+        with pytest.raises(errors.OptionError, match="averaging='paper'"):
+            method.build(mlp(), averaging="release").load_state_dict(
+                method.build(mlp()).state_dict()
+            )
+
+
+@each_method
+def test_a_batch_without_samples(method: Method) -> None:
+    model = mlp()
+    optimizer = method.build(model)
+    method.run(optimizer, model, ROWS, 1)
+    before = snapshot(optimizer, model)
+    with pytest.raises(errors.NonFiniteError, match="did not take step 2"):
+        optimizer.step(method.closure(optimizer, model, X[:0], Y[:0]))
+    assert snapshot(optimizer, model) == before
+
+
+@each_method
+def test_sparse_gradients(method: Method) -> None:
+    found = []
+    for sparse in (False, True):
+        model = seeded(
+            lambda s=sparse: nn.Sequential(nn.Embedding(7, 4, sparse=s), nn.Linear(4, 3))
+        )
+        optimizer = method.build(model)
+        for k in range(2):
+            optimizer.step(method.closure(optimizer, model, labels(8, 7, seed=k), Y))
+        found.append(flat(model))
+    assert relative(found[1], found[0]) < 1e-12
+
+
 @each_method
 def test_a_layer_replaced_by_one_with_the_same_parameters(method: Method) -> None:
     """The new layer is not watched; without a word it would follow the fallback from now on."""
