@@ -83,6 +83,12 @@ def _function(name: str) -> Any:
     module_name, _, path = name.partition(":")
     if not module_name or not path:
         raise UnknownProblemError(f"{name!r} names no function. {_FORM}")
+    file = Path(module_name)
+    if file.suffix == ".py" or len(file.parts) > 1:
+        raise UnknownProblemError(
+            f"{module_name!r} is a file, not a module: write {file.stem}:{path}, in the directory "
+            f"of {file.stem}.py or with that in PYTHONPATH."
+        )
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

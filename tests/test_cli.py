@@ -136,6 +136,8 @@ def test_the_working_directory_is_importable_only_meanwhile(mine: str) -> None:
         ("digits-cmn", r"no problem 'digits-cmn'\. Did you mean 'digits-cnn'"),
         ("my.module", r"write 'my:module' with a colon"),
         ("{mine}:mkae", r"has no function 'mkae'\. Did you mean 'make'"),
+        ("nets/my.py:make", r"is a file, not a module: write my:make, in the directory of my\.py"),
+        ("my.py:make", "write my:make"),
         ("{mine}:", "names no function"),
         (":make", "names no function"),
         ("no_such_module_here:make", r"no module 'no_such_module_here' \(looked in"),
@@ -288,6 +290,15 @@ def test_verify_prints_the_verdict_and_exits_by_it(
     monkeypatch.setattr("curvscope.analysis.verify", lambda problem, seed: Bad())
     result = run("verify", f"{mine}:make")
     assert result.exit_code == 1 and "not to be trusted" in result.output
+
+
+def test_train_needs_no_option_for_a_small_problem(mine: str, tmp_path: Path) -> None:
+    arguments = ("train", f"{mine}:make", "--epochs", "1", "--out", str(tmp_path / "t"))
+    result = run(*arguments, "--optimizer", "adam:lr=0.01")
+    assert result.exit_code == 0, result.output
+    assert "finished" in result.output
+    result = run(*arguments, "--optimizer", "sgd:lr=0.1", "--probe", "21")
+    assert result.exit_code == 1 and "the problem has 20 samples" in message(result)
 
 
 # -- as a process --------------------------------------------------------------------------------

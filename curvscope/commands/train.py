@@ -25,6 +25,7 @@ from .options import (
     say,
 )
 
+_PROBE = 256  # samples
 _GO_ON = "has everything up to the last epoch. Give the same command again."
 
 
@@ -101,8 +102,13 @@ def train(
         ),
     ] = None,
     probe: Annotated[
-        int, typer.Option(min=1, help="Samples on which curvature is measured.")
-    ] = 256,
+        int | None,
+        typer.Option(
+            min=1,
+            help="Samples on which curvature is measured (default: 256, or all if fewer).",
+            show_default=False,
+        ),
+    ] = None,
     data: DataOption = None,
     device: DeviceOption = None,
     threads: ThreadsOption = None,
@@ -118,11 +124,12 @@ def train(
     with reported(debug), _kept(out), _warnings_as_lines():
         import torch
 
+        from ..training.probe import AtMost
         from ..training.trainings import train as run
 
         if threads is not None:
             torch.set_num_threads(threads)
-        options: dict[str, Any] = {"probe": probe}
+        options: dict[str, Any] = {"probe": AtMost(_PROBE) if probe is None else probe}
         if every is not None:
             options["every"] = every
         found = run(

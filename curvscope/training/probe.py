@@ -14,11 +14,15 @@ from .subjects import joined
 SAMPLES = 64
 
 
+class AtMost(int):
+    """A number of samples for a probe, or all where there are fewer."""
+
+
 def make_probe(problem: Problem, probe: Any, seed: int) -> Problem | None:
     """The probe as a Problem; ``None`` for the batch of each step.
 
     ``probe`` is a number of samples, ``"all"`` (the problem as given), ``"current"``, a
-    :class:`Problem`, or ``None`` for 64 samples at most. Samples are those of
+    :class:`Problem`, :class:`AtMost`, or ``None`` for 64 samples at most. Samples are those of
     ``problem.subset(n, seed)`` where the data are a list, the first ones of a loader otherwise:
     nothing is evaluated, and no more of a loader is read than needed. They are put into one batch,
     which is cheaper than several, unless that is larger than any of the problem's.
@@ -29,7 +33,7 @@ def make_probe(problem: Problem, probe: Any, seed: int) -> Problem | None:
         return problem
     if isinstance(probe, Problem):
         return probe
-    wanted = SAMPLES if probe is None else probe
+    wanted = AtMost(SAMPLES) if probe is None else probe
     if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1:
         raise OptionError(
             f"probe={probe!r}: give a number of samples, 'all', 'current' or a Problem."
@@ -38,8 +42,11 @@ def make_probe(problem: Problem, probe: Any, seed: int) -> Problem | None:
         return _first(problem, wanted, seed)
     sizes = [sample_count(*item) for item in problem.data]
     if wanted >= sum(sizes):
-        if probe is not None and wanted > sum(sizes):
-            raise OptionError(f"probe={wanted}: the problem has {sum(sizes)} samples.")
+        if wanted > sum(sizes) and not isinstance(wanted, AtMost):
+            raise OptionError(
+                f"probe={wanted}: the problem has {sum(sizes)} samples; take at most as many, or "
+                "'all'."
+            )
         return problem
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(sum(sizes), generator=generator)[:wanted].sort().values

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 import curvscope as cs
+from curvscope.errors import OptionError
 from curvscope.training import Every
 from curvscope.training.curvature_measures import Error
 from curvscope.training.moment import Moment
-from curvscope.training.probe import make_probe
+from curvscope.training.probe import AtMost, make_probe
 from tests.training.loops import OPTIMIZERS, Clock, batches, data, one_step, plain_net, problem_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::curvscope.training.MonitorWarning")
@@ -207,6 +208,9 @@ def test_a_probe_is_one_batch_unless_that_is_too_large() -> None:
     assert torch.allclose(probe.gradient(), hand.gradient(), rtol=1e-5, atol=1e-7)
     large = make_probe(problem, 80, 0)
     assert large is not None and len(large.data.items) == 3
+    assert make_probe(problem, AtMost(256), 0) is problem
+    with pytest.raises(OptionError, match="probe=91: the problem has 90 samples"):
+        make_probe(problem, 91, 0)
     loader = torch.utils.data.DataLoader(
         torch.utils.data.TensorDataset(x, y), batch_size=20, shuffle=True
     )
