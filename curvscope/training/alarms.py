@@ -133,10 +133,11 @@ class NearIdentity(Alarm):
         for row in rows:
             far = row.get("from_identity", math.nan)
             if far == far:
+                near = f"within {_percent(far)} of " if far >= 1e-6 else ""
                 yield Finding(
                     row["block"],
                     far <= self.tolerance,
-                    f"the preconditioner is within {_percent(far)} of a multiple of the identity, "
+                    f"the preconditioner is {near}a multiple of the identity, "
                     "so the block is trained by scaled gradient descent",
                 )
 

@@ -12,7 +12,14 @@ from ..analysis.compare import compare
 from ..analysis.comparison import Comparison
 from ..curvature import diagonal_kf, hutchinson_diagonal, kfac
 from ..curvature.registered import REGISTERED
-from ..errors import OptionError, check_option, nearest
+from ..errors import (
+    OptionError,
+    UncoveredError,
+    UnsupportedLayerError,
+    UnsupportedLossError,
+    check_option,
+    nearest,
+)
 from ..operators import Operator
 from .measures import Measure, Rows, register
 from .moment import Moment
@@ -199,7 +206,8 @@ class Fresh(_Compared):
     """K-FAC, diagonal Kronecker factors and Hutchinson's diagonal, computed on the probe.
 
     The same comparison as :class:`Error`, for approximations at the current parameters: what an
-    optimizer could have. ``names`` chooses among the keys of ``curvature_measures.FRESH`` and what
+    optimizer could have. Those that the loss or the layers do not have are left out. ``names``
+    chooses among the keys of ``curvature_measures.FRESH`` and what
     :func:`curvscope.register_approximation` was given; by default it is all of them.
     """
 
@@ -218,11 +226,17 @@ class Fresh(_Compared):
                 )
 
     def approximations(self, moment: Moment) -> dict[str, Operator]:
-        """The chosen ones."""
-        return {
-            name: FRESH[name](moment) if name in FRESH else REGISTERED[name].make(moment.problem)
-            for name in self.names
-        }
+        """The chosen ones, as far as they are defined here; raises if none is."""
+        found, refused = {}, None
+        for name in self.names:
+            try:
+                made = FRESH[name](moment) if name in FRESH else None
+                found[name] = REGISTERED[name].make(moment.problem) if made is None else made
+            except (UncoveredError, UnsupportedLossError, UnsupportedLayerError) as error:
+                refused = refused or error
+        if refused is not None and not found:
+            raise refused
+        return found
 
     def price(self, moment: Moment) -> float:
         """As for :class:`Error`, and the approximations themselves."""

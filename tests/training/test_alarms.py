@@ -84,6 +84,8 @@ def test_near_identity() -> None:
     )
     assert found[1] == "3 over K-BFGS, 0: over"
     assert shown(NearIdentity(), [(1, "preconditioner", rows(math.nan))]) == []
+    (exact,) = shown(NearIdentity(), [(1, "preconditioner", rows(0.0))])
+    assert ": the preconditioner is a multiple of the identity, so" in exact
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,25 @@ def test_fresh_and_best_are_those_of_compare(tmp_path: Path) -> None:
         assert row.best_in_class <= row.error
 
 
+def test_fresh_leaves_out_what_the_loss_does_not_have(tmp_path: Path) -> None:
+    x, y = torch.randn(12, 3), torch.randn(12, 2)
+    model = torch.nn.Linear(3, 2)
+    loss = lambda z, t: torch.nn.functional.huber_loss(z, t)  # noqa: E731
+    problem = cs.Problem(model, loss, (x, y), reduction="mean")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    options = {"measures": ["fresh"], "every": 1, "budget": None, "strict": True}
+    with cs.Monitor(problem, optimizer, tmp_path / "r", **options) as monitor:
+        monitor.step(problem.objective())
+    found = set(cs.Run(tmp_path / "r").frame("fresh")["approximation"])
+    assert found == {"diagonal K-FAC", "Hutchinson diagonal"}
+    only = {**options, "measures": [cs.training.Fresh(names="K-FAC")]}
+    with (
+        pytest.raises(cs.errors.UnsupportedLossError, match="negative log-likelihood"),
+        cs.Monitor(problem, optimizer, tmp_path / "k", **only) as monitor,
+    ):
+        monitor.step(problem.objective())
+
+
 def test_gradient_update_and_decrease(tmp_path: Path) -> None:
     seen: dict[int, tuple[Tensor, float, Tensor, Tensor]] = {}
 
