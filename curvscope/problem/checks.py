@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,22 @@ def finite_parameters(model: nn.Module) -> None:
                 f"Parameter {name!r} has {bad} entries that are NaN or infinite. Restore a "
                 "checkpoint from before they appeared."
             )
+
+
+def own_parameters(chosen: Mapping[str, Tensor], found: Iterable[Tensor]) -> None:
+    """Raise ``ModelError`` where the problem's parameters are not those of the model any more."""
+    there = {id(p) for p in found}
+    if lost := [name for name, p in chosen.items() if id(p) not in there]:
+        raise replaced(lost)
+
+
+def replaced(names: Sequence[str]) -> ModelError:
+    """The model has other parameters than those that the problem was made with."""
+    return ModelError(
+        f"The model no longer has the problem's own {', '.join(map(repr, names[:3]))}"
+        f"{', ...' if len(names) > 3 else ''}: a new layer, a parametrization or "
+        "load_state_dict(assign=True) has put other parameters in their place. Make a new Problem."
+    )
 
 
 def parts_of(inputs: Any, targets: Any) -> list[tuple[Any, Any]]:

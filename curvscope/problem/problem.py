@@ -178,10 +178,13 @@ class Problem(Shown):
             return
         with torch.no_grad():
             for mine, theirs in (
-                (self.model.parameters(), self.user_model.parameters()),
-                (self.model.buffers(), self.user_model.buffers()),
+                (self.model.named_parameters(), dict(self.user_model.named_parameters())),
+                (self.model.named_buffers(), dict(self.user_model.named_buffers())),
             ):
-                for target, source in zip(mine, theirs, strict=True):
+                for name, target in mine:
+                    source = theirs.get(name)
+                    if source is None or source.shape != target.shape:
+                        raise checks.replaced([name])
                     target.copy_(source)
 
     def fingerprint(self, at: Snapshot | None = None) -> str:
@@ -209,6 +212,9 @@ class Problem(Shown):
         with ExitStack() as stack:
             stack.enter_context(self.data.preserved())
             members = state.Members.of(self.model)
+            checks.own_parameters(self.params, members.parameters)
+            # a layer that has been frozen since is still one of the matrix's
+            stack.enter_context(state.trainable(self.params.values()))
             stack.enter_context(state.evaluation(members, batchnorm=self.batchnorm))
             values = None if at is None else at.parameters
             stack.enter_context(state.values_at(members.parameters, values, copy=copy))
@@ -302,6 +308,7 @@ class Problem(Shown):
         Raises ``NonFiniteError`` (naming the first parameter or layer with NaN or infinity),
         ``TargetError``, ``DataError``, ``NonDeterministicError``.
         """
+        checks.own_parameters(self.params, self.model.parameters())
         checks.finite_parameters(self.model)
         if self._facts is not None:
             return self._facts

@@ -215,6 +215,19 @@ def evaluation(members: Members, *, batchnorm: str = "eval") -> Iterator[None]:
 
 
 @contextmanager
+def trainable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Let parameters that have been frozen require gradients for a while."""
+    frozen = [p for p in parameters if not p.requires_grad]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+@contextmanager
 def values_at(
     parameters: list[nn.Parameter], values: list[Tensor] | None = None, *, copy: bool = True
 ) -> Iterator[None]:
