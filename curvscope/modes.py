@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 
-_owners: list[object] = []  # of the passes under way that are not the training's
+_passes: list[tuple[int, object]] = []  # under way and not the training's: thread, owner
+_apart: list[object] = []  # an entry for everything under way in :func:`apart`
 
 
 @contextmanager
@@ -32,19 +35,49 @@ def aside(owner: object = None) -> Iterator[None]:
 
     They run through the hooks that optimizers have put there: all but those of ``owner`` look away,
     or a Hessian computed between ``zero_grad()`` and ``step()`` would be taken for a minibatch.
+    Other threads are not concerned.
     """
-    _owners.append(owner)
+    entry = (threading.get_ident(), owner)
+    _passes.append(entry)
     try:
         yield
     finally:
-        _owners.pop()
+        _take_out(_passes, entry)
 
 
 def looks_away(owner: object) -> bool:
-    """Whether a pass is under way that is none of this owner's business."""
-    return bool(_owners) and _owners[-1] is not owner
+    """Whether a pass is under way in this thread that is none of this owner's business."""
+    if not _passes:
+        return False
+    if torch.compiler.is_compiling():  # which knows no threads
+        return _passes[-1][1] is not owner
+    here = threading.get_ident()
+    owners = [each for thread, each in _passes if thread == here]
+    return bool(owners) and owners[-1] is not owner
 
 
-def between_passes() -> bool:
-    """Whether what autograd computes now belongs to no minibatch, for hooks on its tensors."""
-    return bool(_owners) and _owners[-1] is None
+@contextmanager
+def apart() -> Iterator[None]:
+    """Derivatives in the graph of a minibatch that are not the gradient of its loss.
+
+    Such as those at sampled labels: hooks on the graph's tensors leave them out.
+    """
+    entry = object()
+    _apart.append(entry)
+    try:
+        yield
+    finally:
+        _take_out(_apart, entry)
+
+
+def is_apart() -> bool:
+    """Whether autograd computes such derivatives now; backward passes have threads of their own."""
+    return bool(_apart)
+
+
+def _take_out(entries: list[Any], entry: object) -> None:
+    """Remove an entry, the last that is the same one."""
+    for k in range(len(entries) - 1, -1, -1):
+        if entries[k] is entry:
+            del entries[k]
+            return

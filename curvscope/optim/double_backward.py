@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import OptionError, ShapeError, UnsupportedLayerError, UnsupportedLossError
-from ..modes import aside
+from ..modes import apart
 from .second_derivatives import FastSecondDerivatives
 
 
@@ -79,7 +79,7 @@ def hessian_product(
     pairs = [(g, z) for g, z in zip(gradients, vectors) if g is not None and g.requires_grad]
     if not pairs:
         return [torch.zeros_like(p) for p in parameters]
-    with aside():
+    with apart():
         found = torch.autograd.grad(
             [g for g, _ in pairs],
             list(parameters),

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from ..errors import OptionError
-from ..modes import aside
+from ..modes import apart
 from ..problem.losses import Loss
 from . import checks
 from .labels import Head, head_of_outputs, named_loss, read_loss
@@ -144,7 +144,7 @@ class FisherStatistics:
         reached: set[int] = set()
         for chosen, cotangents in self._cotangents(heads, calls[0][0].samples):
             ends = [head.edge for head in chosen]
-            with aside():
+            with apart():
                 gradients = torch.autograd.grad(
                     ends, starts, cotangents, retain_graph=True, allow_unused=True
                 )

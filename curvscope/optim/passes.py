@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
 from ..errors import OptionError, UnsupportedLossError
-from ..modes import aside
+from ..modes import apart
 
 Closure = Callable[[], Any]
 _NORMS = (nn.modules.batchnorm._NormBase,)
@@ -128,7 +128,7 @@ class NoOtherGradients(TorchFunctionMode):
                 if leaf not in self._kept:
                     self._kept[leaf], leaf.grad = leaf.grad, None
         elif func is torch.autograd.grad:
-            with aside():
+            with apart():
                 return func(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 

@@ -22,7 +22,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ..layer_calls import LAYER_TYPES
 from ..layers import Call, SampleAxis
-from ..modes import between_passes, looks_away
+from ..modes import is_apart, looks_away
 from .layer import BATCH_NORMS, CONVOLUTIONS, Layer
 
 _FUNCTIONS: dict[type[nn.Module], Any] = {
@@ -257,15 +257,15 @@ def watch_gradient(output: Tensor, receive: Callable[[Tensor], None], weight: Te
     """Call ``receive(gradient)`` when the gradient in ``output`` is there, for that in ``weight``.
 
     A view (a Linear layer on three axes returns one) drops its hooks when it is changed in place,
-    so there the hook goes to the tensor that it views. Gradients of passes that are not the
-    training's own (:func:`~curvscope.modes.aside`) are left out, and those of passes that do not
-    get to the weight: the derivative in the inputs that a penalty or an equation is made of.
+    so there the hook goes to the tensor that it views. Derivatives that an optimizer takes
+    for itself (:func:`~curvscope.modes.apart`) are left out, and those of passes that do not get
+    to the weight: the derivative in the inputs that a penalty or an equation is made of.
     """
     shape = output.shape
     leaf = get_gradient_edge(weight).node if weight.requires_grad else None
 
     def hook(gradient: Tensor) -> None:
-        if not between_passes() and (leaf is None or _reached(leaf)):
+        if not is_apart() and (leaf is None or _reached(leaf)):
             receive(gradient.reshape(shape))
 
     _origin(output).register_hook(hook)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import curvscope as cs
+from curvscope.modes import aside, looks_away
 from curvscope.optim import KBFGS, KFAC, AdaFisher, AdaHessian
 
 from .every_method import METHODS, Method, each_method
@@ -53,6 +55,35 @@ def test_curvature_may_be_computed_in_the_middle_of_a_step(make: Any) -> None:
     plain, asked_for = found
     for block, own in plain.items():
         assert all(torch.equal(asked_for[block][name], value) for name, value in own.items())
+
+
+def test_other_threads_and_abandoned_passes_blind_nobody() -> None:
+    def forever() -> Iterator[None]:
+        with aside():
+            yield
+
+    inside, outside = threading.Event(), threading.Event()
+
+    def elsewhere() -> None:
+        with aside():
+            inside.set()
+            outside.wait()
+
+    me, thread = object(), threading.Thread(target=elsewhere)
+    thread.start()
+    inside.wait()
+    assert not looks_away(me)
+    first, second = forever(), forever()
+    next(first), next(second)
+    assert looks_away(me)
+    first.close()  # not the one that began last
+    with aside(me):
+        assert not looks_away(me)
+    assert looks_away(me)
+    second.close()
+    assert not looks_away(me)
+    outside.set()
+    thread.join()
 
 
 BESIDE: dict[str, Callable[..., Any]] = {
