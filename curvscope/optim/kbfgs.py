@@ -61,7 +61,9 @@ class KBFGS(CurvatureOptimizer):
     7. BFGS update of ``H_a`` with ``s = H_a mean a``, ``y = (A + eps I) s``          (section 3.2)
 
     Steps 6 and 7 skip a pair with ``s^T y <= 1e-4 s^T s ||mean g||`` (``||mean a||``), and one that
-    is not finite. Means and sums run over samples n and positions t.
+    is not finite. Means and sums run over samples n and positions t. Samples are the first axis of
+    the model's first input, and the loss is taken for the mean over them of their own losses; with
+    another axis in front ``A`` and ``G`` have other scales, and ``damping`` with them.
 
     ``step(closure)`` calls the closure twice: ``optimizer.zero_grad()``, loss, ``loss.backward()``,
     return the loss. The second call sees the random numbers of the first, no parameter requires a
