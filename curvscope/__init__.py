@@ -47,6 +47,7 @@ _PUBLIC = {
     "eigsh": "analysis",
     "negative_curvature": "analysis",
     "density": "analysis",
+    "solve": "analysis",
     "Monitor": "training",
     "Run": "training",
     "make_report": "report",

@@ -22,7 +22,13 @@ from .plotting.batches import plot_batch_densities, plot_batch_spectra
 from .plotting.checks import plot_verification
 from .plotting.coverage import plot_coverage
 from .plotting.discs import plot_fourier, plot_gershgorin, plot_scree
-from .plotting.estimates import plot_density, plot_diagonal, plot_eigenpairs, plot_estimate
+from .plotting.estimates import (
+    plot_density,
+    plot_diagonal,
+    plot_eigenpairs,
+    plot_estimate,
+    plot_solution,
+)
 from .plotting.extremes import plot_extremes
 from .plotting.local import plot_gradient_noise, plot_local_model
 from .plotting.matrices import plot_blocks, plot_factors, plot_matrix
@@ -68,6 +74,7 @@ __all__ = [
     "plot_matrix",
     "plot_run",
     "plot_scree",
+    "plot_solution",
     "plot_spectra",
     "plot_surface",
     "plot_trajectories",
@@ -93,6 +100,7 @@ _KINDS: dict[str, dict[str, Callable[..., Any]]] = {
     "DiagonalEstimate": {"entries": plot_diagonal},
     "Eigenpairs": {"rank": plot_eigenpairs},
     "NegativeCurvature": {"rank": plot_eigenpairs},
+    "Solution": {"residuals": plot_solution},
     "Density": {"density": plot_density},
     "Extremes": {"ends": plot_extremes},
     "BatchSpectra": {"batch sizes": plot_batch_spectra, "density": plot_batch_densities},

@@ -11,6 +11,7 @@ from .estimators import (
     Eigenpairs,
     Estimate,
     NegativeCurvature,
+    Solution,
     condition_number,
     cosine,
     density,
@@ -20,6 +21,7 @@ from .estimators import (
     logdet,
     negative_curvature,
     norm,
+    solve,
     trace,
 )
 from .local import LocalModel, local_model
@@ -47,6 +49,7 @@ __all__ = [
     "ReferenceBlock",
     "Result",
     "Row",
+    "Solution",
     "Spectrum",
     "Verification",
     "batch_spectra",
@@ -64,6 +67,7 @@ __all__ = [
     "logdet",
     "negative_curvature",
     "norm",
+    "solve",
     "spectrum",
     "trace",
     "verify",

@@ -15,6 +15,7 @@ from ..operators import DenseOperator, EigenKroneckerOperator, Operator
 from ..operators.numerics import log_determinant, symmetric
 from .coerce import in_float64
 from .gram_form import GramForm
+from .iterations import ConjugateGradients
 from .lanczos import leading_of_dense
 from .probes import Probes, squared_trace
 from .quantity import Quantity, Value
@@ -361,29 +362,24 @@ def conjugate_gradients(
 
     Raises ``TooLargeError`` where that residual is too large to be of use.
     """
-    solution = torch.zeros_like(vector)
-    residual, square = vector.clone(), float(vector @ vector)
-    goal, direction = _SOLVED**2 * square, vector.clone()
-    size = math.sqrt(square)
+    running = ConjugateGradients(
+        lambda v: facts.matmat(v) + damping * v, vector.to(torch.float64).unsqueeze(1)
+    )
+    size, only = float(running.norms), torch.zeros(1, dtype=torch.long, device=vector.device)
     for _ in range(steps):
-        if square <= goal:
+        if float(running.norms) <= _SOLVED * size:
             break
-        image = facts.matvec(direction) + damping * direction
-        curvature = float(direction @ image)
-        if curvature <= 0:
+        running.step(only)
+        if bool(running.ended):
             raise NotDefinedError(
                 f"The {facts.name} with damping {damping:g} has negative or no curvature along a "
                 "direction that the gradient reaches, so its model has no minimum. Pass a larger "
                 "damping."
             )
-        solution += (square / curvature) * direction
-        residual -= (square / curvature) * image
-        before, square = square, float(residual @ residual)
-        direction = residual + (square / before) * direction
-    reached = math.sqrt(square) / size if size else 0.0
+    reached = float(running.norms) / size if size else 0.0
     if reached > _UNSOLVED:
         raise TooLargeError(
             f"Conjugate gradients with the {facts.name} have not converged in {steps} products "
             f"(relative residual {reached:.2g}). Raise budget= or the damping."
         )
-    return solution, reached
+    return running.x.squeeze(1), reached

@@ -180,7 +180,7 @@ class Operator(Shown, ABC):
             f"The dense {self.info.what} of shape {self.shape}",
             memory.advice(
                 f"Work matrix-free instead: op @ v, op.diagonal(), {blocks}cs.density, cs.eigsh, "
-                "cs.compare, or take fewer parameters with Problem(..., params=...)."
+                "cs.solve, cs.compare, or take fewer parameters with Problem(..., params=...)."
             ),
             device=self.device,
         )
@@ -210,6 +210,9 @@ class Operator(Shown, ABC):
 
     def inverse(self, damping: float = 0.0) -> Operator:
         """``(self + damping I)^-1`` as an Operator.
+
+        From the structure, or by forming the matrix, which takes ``O(P^3)``; ``cs.solve``
+        multiplies with the inverse by products alone.
 
         Raises ``SingularError`` if there is none, ``OptionError`` for a negative damping.
         """

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ..analysis.estimators import Density, DiagonalEstimate, Eigenpairs, Estimate
+from ..analysis.estimators import Density, DiagonalEstimate, Eigenpairs, Estimate, Solution
 from ..analysis.estimators.common import quantile
 from ..errors import counted
 from .style import INK, MUTED, NEGATIVE, PALETTE, axes_for, log_axis, styled, whole_numbers
@@ -131,6 +131,32 @@ def plot_density(
     ax.set_xlim(grid[0], grid[-1])
     ax.set_xlabel("eigenvalue")
     ax.set_ylabel("density")
+    if title is not None:
+        ax.set_title(title)
+    return ax
+
+
+@styled
+def plot_solution(solution: Solution, *, ax: Axes | None = None, title: str | None = None) -> Axes:
+    """Relative residuals over the steps, a line per right-hand side; dots are the true ones."""
+    ax = axes_for(ax)
+    steps, columns = solution.history.shape
+    ends = solution.residuals.numpy()
+    for column in range(columns if steps else len(ends)):
+        colour = PALETTE[column % len(PALETTE)]
+        if steps:
+            known = np.concatenate([[1.0], solution.history[:, column].numpy()])
+            ax.plot(np.arange(steps + 1), known, color=colour)
+        if ends[column] > 0:
+            ax.plot([steps], [ends[column]], "o", color=colour, ms=4)
+    ax.set_yscale("log")
+    log_axis(ax.yaxis, minor=False)
+    tol = float(solution.settings["tol"])
+    if tol > 0:
+        ax.axhline(tol, color=MUTED, lw=0.8, ls="--")
+    whole_numbers(ax.xaxis)
+    ax.set_xlabel("products per right-hand side")
+    ax.set_ylabel("relative residual")
     if title is not None:
         ax.set_title(title)
     return ax

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from curvscope.analysis import density, diagonal, eigsh, negative_curvature, trace
+from curvscope.analysis import density, diagonal, eigsh, negative_curvature, solve, trace
 from curvscope.operators import FunctionOperator
 
 
@@ -24,6 +24,7 @@ def estimate_pictures() -> dict[str, object]:
         "entries": diagonal(op, budget=20),
         "eigenpairs": eigsh(op, 4, budget=12),
         "negative curvature": negative_curvature(op),
+        "solution": solve(op, torch.eye(60, 3), damping=0.5, method="minres"),
         "density": density(op, probes=3, steps=20),
         "exact density": density(op.dense()),
     }

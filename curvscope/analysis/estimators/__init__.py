@@ -7,7 +7,9 @@ from .eigenpairs import Eigenpairs, NegativeCurvature
 from .eigsh import eigsh, negative_curvature
 from .estimate import Estimate
 from .functions import effective_dimension, logdet
+from .linear import solve
 from .norm import cosine, norm
+from .solution import Solution
 from .trace import trace
 
 __all__ = [
@@ -16,6 +18,7 @@ __all__ = [
     "Eigenpairs",
     "Estimate",
     "NegativeCurvature",
+    "Solution",
     "condition_number",
     "cosine",
     "density",
@@ -25,5 +28,6 @@ __all__ = [
     "logdet",
     "negative_curvature",
     "norm",
+    "solve",
     "trace",
 ]

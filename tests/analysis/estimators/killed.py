@@ -24,6 +24,7 @@ JOBS: dict[str, Callable[..., Any]] = {
     "trace": lambda op, **k: cs.trace(op, tol=0, budget=400, **k),
     "diagonal": lambda op, **k: cs.diagonal(op, tol=0, budget=400, **k),
     "eigsh": lambda op, **k: cs.eigsh(op, 8, tol=1e-9, method="lanczos", **k),
+    "solve": lambda op, **k: cs.solve(op, torch.ones(60), damping=0.01, tol=1e-9, **k),
     "density": lambda op, **k: cs.density(op, probes=10, steps=40, **k),
 }
 

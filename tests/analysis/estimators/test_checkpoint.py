@@ -15,9 +15,13 @@ import curvscope as cs
 from curvscope.errors import DataError, OutputError
 from curvscope.operators import FunctionOperator
 
-from .matrices import Interrupted, by_products, spectra, with_spectrum
+from .matrices import Interrupted, by_products, normal, spectra, with_spectrum
 
 MATRIX = with_spectrum(spectra(150)["outliers and bulk"])
+RIGHT, NEAR = (
+    normal(150, 2, seed=8),
+    with_spectrum(1 / (1 + spectra(150)["outliers and bulk"].abs())),
+)
 JOBS: dict[str, Callable[..., Any]] = {
     "trace": lambda op, **k: cs.trace(op, tol=0, budget=100, **k),
     "hutch++": lambda op, **k: cs.trace(op, method="hutch++", tol=0, budget=150, **k),
@@ -31,6 +35,8 @@ JOBS: dict[str, Callable[..., Any]] = {
     "selective": lambda op, **k: cs.density(
         op, probes=3, steps=60, reorthogonalise="selective", **k
     ),
+    "cg": lambda op, **k: cs.solve(op, RIGHT, damping=20, method="cg", tol=1e-10, **k),
+    "minres": lambda op, **k: cs.solve(op, RIGHT, preconditioner=NEAR, tol=1e-10, **k),
     "kpm": lambda op, **k: cs.density(op, method="kpm", probes=12, steps=12, **k),
 }
 

@@ -17,7 +17,13 @@ from . import killed
 from .test_checkpoint import same
 
 ROOT = Path(__file__).parents[3]
-SIGNALS = {"trace": "SIGKILL", "diagonal": "SIGTERM", "eigsh": "SIGKILL", "density": "SIGINT"}
+SIGNALS = {
+    "trace": "SIGKILL",
+    "diagonal": "SIGTERM",
+    "eigsh": "SIGKILL",
+    "solve": "SIGTERM",
+    "density": "SIGINT",
+}
 
 
 def started(job: str, path: Path) -> subprocess.Popen[str]:

@@ -31,6 +31,12 @@ def test_every_estimator(dtype: torch.dtype, scale: float) -> None:
     assert damped == pytest.approx(float((values[0] + 1) / (values[-1] + 1)), rel=0.05)
     size = float(cs.effective_dimension(op, damping=scale))
     assert size == pytest.approx(float((values / (values + 1)).sum()), rel=0.1)
+    b = normal(40, seed=4)
+    for method, damping in (("cg", 1.0), ("minres", 0.3)):
+        solved = cs.solve(op, b, damping=damping * scale, method=method, tol=1e-4)
+        right = torch.linalg.solve(exact + damping * torch.eye(40), b)
+        assert solved.converged, method
+        torch.testing.assert_close(solved.value.double() * scale, right, rtol=1e-2, atol=1e-3)
     for method in ("hutchinson", "hutch++", "xtrace"):
         total = cs.trace(op, method=method, tol=0.02)
         assert total.value / scale == pytest.approx(float(exact.trace()), rel=0.1), method
