@@ -237,6 +237,7 @@ def test_the_page_of_a_single_run_says_what_it_shows(watched: Path) -> None:
     assert "epoch's minibatches" not in text and "best learning rate" not in text
     assert "Layer 1 has no panel" in text
     assert "(preconditioned)" not in text
+    assert "K-FAC has no path: its snapshots were not kept. A monitor with snapshots=" in text
     assert "of the Hessian H itself, since the curvature of K-FAC leaves parameters out" in text
     svg = (watched / "report" / "figures" / "own-error.svg").read_text()
     assert svg.count("<clipPath ") == 2  # of three layers

@@ -96,7 +96,7 @@ def _progress(runs: Runs, axis: str) -> Plan:
             if axis == "seconds"
             else _what_loss(runs)
         ),
-        (max(4.6, 2.7 * len(keys) + 0.6), 3.0 + 0.18 * math.ceil(len(runs.groups) / 3)),
+        (max(3.7, 2.7 * len(keys) + 0.6), 3.0 + 0.18 * math.ceil(len(runs.groups) / 3)),
         draw,
         reason="" if keys else "No run has a record of its loss.",
     )

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...analysis.result import listing
 from ...errors import CurvscopeError
 from ...plotting.trajectories import plot_distances, plot_trajectories
 from ...progress import stage
@@ -38,13 +39,21 @@ def find_places(runs: Runs, *, surface: bool = True) -> Places:
     found = Places()
     chosen = {name: members[0] for name, members in runs.best()}
     kept: dict[str, Member] = {}
+    without: dict[str, list[str]] = {}
     for name, member in chosen.items():
         own = member.run.snapshots()
         if own.kind == "full" and len(own) > 1:
             kept[name] = member
         else:
-            what = f"kept as {own.kind}" if own.kind else "not kept"
-            found.notes.append(f"{name} has no path: its snapshots are {what}, not in full.")
+            what = f"are kept as {own.kind}" if own.kind else "were not kept"
+            what = "are fewer than two" if own.kind == "full" else what
+            without.setdefault(what, []).append(name)
+    for what, names in without.items():
+        has, its = ("has", "its") if len(names) == 1 else ("have", "their")
+        found.notes.append(
+            f"{listing(names, most=8)} {has} no path: {its} snapshots {what}. "
+            'A monitor with snapshots="full" keeps what paths are drawn from.'
+        )
     kept = dict(list(kept.items())[:_PATHS])
     if not kept:
         return found
