@@ -55,7 +55,9 @@ def try_forward(
     v = torch.randn(size, generator=torch.Generator().manual_seed(1)).to(outputs)
     parts = split(v, parameters)
     try:
-        found, joint = (jvp(parts, graph=graph)[1] for graph in (False, True))
+        (_, found), (together, joint) = (jvp(parts, graph=graph) for graph in (False, True))
+        # checkpoints run again in the backward pass, then without what moves the parameters
+        torch.autograd.grad(together, parameters, torch.ones_like(together), allow_unused=True)
     except Exception as error:  # operations without a forward derivative: many error types
         if required:
             raise UnsupportedLayerError(
