@@ -115,6 +115,7 @@ class KFAC(CurvatureOptimizer):
 
     method = "K-FAC"
     layer_types = (nn.Linear, *CONVOLUTIONS)
+    _step_supports_amp_scaling = True  # else a scaler's step says nothing of its scale
 
     def __init__(
         self,

@@ -319,6 +319,38 @@ def test_grad_scaler_changes_nothing_but_the_rounding(make: Any) -> None:
             assert relative(optimizers[1].factors(block)[name], factor) < 1e-4
 
 
+@pytest.mark.parametrize("way", ["scaled", "unscaled before", "overflow"])
+@pytest.mark.parametrize("own", [{"fisher": "empirical"}, {"loss": nn.CrossEntropyLoss()}],
+                         ids=["empirical", "named"])  # fmt: skip
+def test_the_step_of_a_grad_scaler(own: dict[str, Any], way: str) -> None:
+    """Without a closure: the factors are those of the loss before it was scaled."""
+    model, plain = small(), small()
+    optimizers = [KFAC(m, 0.1, 0.3, **own) for m in (plain, model)]
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for k in range(3):
+        x, y = normal(7, 5, seed=k), labels(7, seed=k)
+        for optimizer, net, scale in zip(optimizers, (plain, model), (False, True), strict=True):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(net(x), y)
+            (scaler.scale(loss) if scale else loss).backward()
+            if not scale:
+                optimizer.step()
+                continue
+            if way == "unscaled before":
+                scaler.unscale_(optimizer)
+            if way == "overflow":
+                net[0].weight.grad[0, 0] = math.inf
+            scaler.step(optimizer)
+            scaler.update()
+    assert optimizers[1].steps == (0 if way == "overflow" else 3)
+    if way == "overflow":
+        assert torch.equal(flat(model), flat(small()))
+    else:
+        assert relative(flat(model), flat(plain)) < 1e-12
+        for name, factor in optimizers[0].factors("0").items():
+            assert relative(optimizers[1].factors("0")[name], factor) < 1e-12
+
+
 @every_method
 def test_grad_scaler_leaves_out_a_step_that_overflows(make: Any) -> None:
     model = small(dtype=torch.float32)
