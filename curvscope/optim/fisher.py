@@ -14,7 +14,7 @@ from ..errors import OptionError
 from ..modes import apart
 from ..problem.losses import Loss
 from . import checks
-from .labels import Head, head_of_outputs, named_loss, read_loss
+from .labels import Head, head_of_outputs, named_loss, read_loss, with_samples
 from .statistics import InputMoments, OutputMoments
 from .tap import LayerCall, gradient_edge, measuring
 
@@ -98,7 +98,7 @@ class FisherStatistics:
     def count_terms(self, outputs: Tensor) -> None:
         """Count the terms of the loss that was named, for these outputs."""
         if isinstance(self.loss, Loss):
-            self._count(self.loss.terms(outputs, 1).shape[1], 0)
+            self._count(self.loss.terms(with_samples(self.loss, outputs), 1).shape[1], 0)
 
     def _count(self, terms: int, samples: int) -> None:
         """Add to what a named loss averages over: terms, for a string samples, nothing for sums."""

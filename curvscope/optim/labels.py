@@ -144,10 +144,20 @@ def head_of_outputs(outputs: Tensor, loss: Loss | str) -> Head:
         kind = kinds[loss]
     else:
         kind = loss
+    shape, z = z.shape, with_samples(kind, z)
     terms = kind.terms(z, 1).squeeze(0)
     # half the squared error is the normal distribution with variance 1
     weights = terms.new_full((len(terms),), 0.5 if loss == "normal" else 1.0)
-    return Head(edge, kind, terms, weights, lambda c: kind.unterms(c.unsqueeze(0), z))
+
+    def restore(cotangent: Tensor) -> Tensor:
+        return kind.unterms(cotangent.unsqueeze(0), z).reshape(shape)
+
+    return Head(edge, kind, terms, weights, restore)
+
+
+def with_samples(loss: Loss | str, z: Tensor) -> Tensor:
+    """Scores of one sample without an axis for it, as a batch of one."""
+    return z.unsqueeze(0) if z.ndim == 1 and isinstance(loss, CrossEntropy) else z
 
 
 def named_loss(loss: Any) -> Loss | str | None:

@@ -152,6 +152,8 @@ def test_accumulated_passes_of_a_named_loss_are_one_batch(loss: Any) -> None:
     for part in (slice(0, 3), slice(3, 8)):
         (F.cross_entropy(model(X[part]), Y[part], reduction="sum") / len(X)).backward()
     optimizer.step()
+    F.cross_entropy(torch.stack([model(x) for x in X]), Y).backward()  # one sample at a time
+    optimizer.step()
     for block, own in whole.items():
         assert relative(optimizer.factors(block)["G"], own["G"]) < 1e-11
         assert relative(optimizer.factors(block)["A"], own["A"]) < 1e-11
