@@ -17,7 +17,7 @@ from .along import AlongGraph
 from .footprint import Footprint
 from .forward import linearised
 from .graphs import BatchGraph, HessianGraph, LinearisedGraph, Nothing, graph_bytes, split
-from .products import HESSIAN, Kind, output_product
+from .products import HESSIAN, Kind, draw, output_product
 from .secondorder import cheap_second_derivatives
 from .ways import Times, try_forward, vectorising_pays
 
@@ -84,6 +84,7 @@ class Engine:
         self._trusted = False  # whether double backward has been compared with the adjoint
         self._vectorised: bool | None = {"vmap": True, "auto": None}.get(mode, False)
         self._times: Times | None = None
+        self._drawn: list[Tensor] | None = None  # sampled cotangents of a part of a batch
         self._forward_agrees: bool | None = False if mode == "vmap" else None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -99,6 +100,7 @@ class Engine:
         """The matrix times the columns of ``vectors``."""
         rows = vectors.mT.contiguous()
         total = torch.zeros_like(rows)
+        self._drawn = None  # of a product that was interrupted
         self._calls += 1
         if self._kept is not None:
             try:
@@ -114,7 +116,7 @@ class Engine:
             before = [p._version for p in members.parameters]
             self._used(len(rows), keep)
             generator = self.kind.generator()
-            for inputs, targets in self._parts(rows):
+            for inputs, targets in self._parts(rows, generator):
                 graph = self._graph(inputs, targets, rows, generator, keep=keep)
                 self._add(graph, rows, total, retain=keep)
                 if keep:
@@ -152,7 +154,7 @@ class Engine:
 
     # -- graphs ----------------------------------------------------------------------------------
 
-    def _parts(self, rows: Tensor) -> Iterator[tuple[Any, Any]]:
+    def _parts(self, rows: Tensor, generator: torch.Generator) -> Iterator[tuple[Any, Any]]:
         """The batches, cut where their products would not fit into a stated memory."""
         for inputs, targets in self.problem.batches():
             samples = sample_count(inputs, targets)
@@ -168,8 +170,21 @@ class Engine:
             if pieces == 1:
                 yield inputs, targets
                 continue
-            for index in torch.arange(samples).tensor_split(pieces):
-                yield select(inputs, index, samples), select(targets, index, samples)
+            indices = torch.arange(samples).tensor_split(pieces)
+            parts = [tuple(select(x, i, samples) for x in (inputs, targets)) for i in indices]
+            drawn = None
+            if self.kind.samples is not None:
+                # labels of the whole batch: the matrix is the same however it is cut
+                z = torch.cat([self.problem.outputs(part).detach() for part, _ in parts])
+                drawn = draw(self.problem, self.kind, z, targets, samples, generator)
+            for index, (some, theirs) in zip(indices, parts, strict=True):
+                if drawn is not None:
+                    self._drawn = [
+                        u.unflatten(0, (samples, -1))[index.to(u.device)].flatten(0, 1)
+                        for u in drawn
+                    ]
+                yield some, theirs
+            self._drawn = None
 
     def _fit(self, inputs: Any, targets: Any, rows: Tensor, limit: int) -> None:
         """How many samples fit, and whether vectorised products of them do."""
@@ -267,7 +282,9 @@ class Engine:
         if not outputs.requires_grad:
             return Nothing()
         samples = problem.count_samples(inputs, targets)
-        middle = output_product(problem, self.kind, outputs, targets, samples, generator)
+        middle = output_product(
+            problem, self.kind, outputs, targets, samples, generator, drawn=self._drawn
+        )
 
         def forward(parts: list[Tensor]) -> Tensor:
             return self._jvp(inputs, parts)[1]

@@ -138,6 +138,22 @@ class VectorJacobian:
         self.vectorised = same and batched < 0.8 * single
 
 
+def draw(
+    problem: Problem,
+    kind: Kind,
+    outputs: Tensor,
+    targets: Any,
+    samples: int,
+    generator: torch.Generator,
+) -> list[Tensor]:
+    """Cotangents of the labels that a sampled Fisher draws for a batch."""
+    draws = kind.samples or 1
+    return [
+        sampled_cotangents(problem.loss, outputs, targets, samples, generator) / draws**0.5
+        for _ in range(draws)
+    ]
+
+
 def output_product(
     problem: Problem,
     kind: Kind,
@@ -145,8 +161,13 @@ def output_product(
     targets: Any,
     samples: int,
     generator: torch.Generator,
+    *,
+    drawn: list[Tensor] | None = None,
 ) -> Callable[[Tensor], Tensor]:
-    """The matrix between ``J^T`` and ``J``: maps a tensor of the outputs' shape to another."""
+    """The matrix between ``J^T`` and ``J``: maps a tensor of the outputs' shape to another.
+
+    ``drawn``: labels of a sampled Fisher that have been drawn before.
+    """
     if kind.matrix == GGN:
         return lambda v: output_hessian_product(problem.loss, outputs, targets, v)
     if kind.matrix == FISHER and kind.samples is None:
@@ -154,11 +175,7 @@ def output_product(
             raise UnsupportedLossError(problem.loss.no_likelihood("Its Fisher"))
         return lambda v: output_hessian_product(problem.loss, outputs, targets, v)
     if kind.matrix == FISHER:
-        draws = kind.samples or 1
-        us = [
-            sampled_cotangents(problem.loss, outputs, targets, samples, generator) / draws**0.5
-            for _ in range(draws)
-        ]
+        us = drawn or draw(problem, kind, outputs, targets, samples, generator)
     else:
         us = scaled_terms(problem.loss, outputs, targets, samples, kind.per)
 

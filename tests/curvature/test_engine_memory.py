@@ -39,8 +39,6 @@ class Counting(nn.Module):
 
 @pytest.mark.parametrize("name", MATRICES)
 def test_a_stated_memory_cuts_batches(name: str) -> None:
-    if name == "sampled":
-        pytest.skip("labels are drawn batch by batch: other cuts are other draws")
     problem = problem_of(Counting(smooth()))
     whole = MATRICES[name](problem, engine="fresh")
     V = columns(problem, 2)
@@ -51,7 +49,8 @@ def test_a_stated_memory_cuts_batches(name: str) -> None:
     op @ V
     NOTES.clear()
     assert gap(op @ V, truth) < 1e-12
-    assert max(NOTES) < 7 and sum(NOTES) >= 15
+    # labels are those of whole batches, whose outputs are computed first, part by part
+    assert max(NOTES) < 7 and sum(NOTES) >= (30 if name == "sampled" else 15)
     assert "parts" in op.info.settings["engine"]
 
 

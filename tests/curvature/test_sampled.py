@@ -206,3 +206,23 @@ def test_hutchinson_of_the_ggn_and_with_spatial_averaging() -> None:
     assert float(z_scores(draws, expected).abs().max()) < 4
     op = cs.hutchinson_diagonal(problem, probes=4, spatial=True)
     assert op.stderr.shape == truth.shape
+
+
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(), nn.MSELoss()], ids=["softmax", "normal"])
+def test_the_labels_of_a_sampled_fisher_do_not_depend_on_the_memory(loss):
+    """Products of batches that were cut drew other labels than blocks and the dense matrix."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 3)).double()
+    x = torch.randn(40, 4, dtype=torch.float64)
+    y = torch.arange(40) % 3
+    if isinstance(loss, nn.MSELoss):
+        y = torch.randn(40, 3, dtype=torch.float64)
+    problem = cs.Problem(model, loss, [(x[:27], y[:27]), (x[27:], y[27:])])
+    whole = cs.fisher(problem, samples=2, seed=1)
+    cut = cs.fisher(problem, samples=2, seed=1, memory=12_000)
+    v = torch.randn(whole.shape[0], 2, dtype=torch.float64)
+    true = whole.dense() @ v
+    for _ in range(2):
+        torch.testing.assert_close(cut @ v, true)
+        assert "parts" in cut.info.settings["engine"]
+    torch.testing.assert_close(whole @ v, true)
