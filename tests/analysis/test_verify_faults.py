@@ -13,7 +13,7 @@ import curvscope as cs
 from curvscope.analysis.checks import (
     gaussnewton,
 )
-from curvscope.curvature import exact, kronecker, products
+from curvscope.curvature import exact, factors, products
 from curvscope.problem import losses
 from tests.analysis import verify_models as models
 from tests.analysis.verifying import check
@@ -190,7 +190,7 @@ def test_wrong_empirical_fisher(monkeypatch) -> None:
 
 
 def test_wrong_kronecker_factors(monkeypatch) -> None:
-    monkeypatch.setattr(kronecker, "second_moment", scaled(kronecker.second_moment, 2.0))
+    monkeypatch.setattr(factors, "second_moment", scaled(factors.second_moment, 2.0))
     outcome = check(models.problem("mlp"), "K-FAC on one sample")
     assert outcome.status == "failed"
     assert outcome.value == pytest.approx(3.0)
