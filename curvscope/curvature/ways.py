@@ -48,9 +48,17 @@ def try_forward(
     ``(None, None)`` where ``run``, the outputs, do not depend on the parameters. If forward mode is
     ``required``, no times are taken, and what speaks against it is raised.
     """
+    versions = [p._version for p in parameters]
     outputs = run()
     if not outputs.requires_grad:
         return None, None
+    if [p._version for p in parameters] != versions:  # every pass would spoil the graph of others
+        if required:
+            raise UnsupportedLayerError(
+                "The model changes its parameters in place when it is evaluated, so forward mode "
+                "cannot be compared with reverse mode. Use engine='auto'."
+            )
+        return False, None
     size = sum(p.numel() for p in parameters)
     v = torch.randn(size, generator=torch.Generator().manual_seed(1)).to(outputs)
     parts = split(v, parameters)
