@@ -54,7 +54,8 @@ class Call:
     ``inputs`` is detached; ``outputs`` is part of the graph (before any in-place activation);
     ``options`` holds the function's other arguments (stride, ...). ``weight`` or ``bias`` is
     ``None`` where it is absent or not a parameter that takes part. ``parents`` are the nodes of the
-    autograd graph that the call depends on besides these two.
+    autograd graph that the call depends on besides these two. With ``keeps_rows``, input rows that
+    take time to form are kept for the next pass.
     """
 
     kind: LayerType
@@ -64,6 +65,8 @@ class Call:
     bias: Tensor | None
     options: dict[str, Any] = field(default_factory=dict)
     parents: tuple[Any, ...] = ()
+    keeps_rows: bool = False
+    _rows: tuple[SampleAxis, int, Tensor] | None = None
 
     def candidates(self, samples: int) -> list[SampleAxis]:
         """Ways in which the outputs may be cut into samples, the most usual first."""
@@ -107,6 +110,10 @@ class LayerType:
     def input_rows(self, call: Call, axis: SampleAxis, samples: int) -> Tensor:
         """``a [N, T, g, i]`` without the appended 1."""
         raise NotImplementedError
+
+    def costly_rows(self, call: Call) -> int:
+        """How many numbers the input rows are, where forming them takes time; 0 elsewhere."""
+        return 0
 
     def output_rows(self, call: Call, s: Tensor, axis: SampleAxis, samples: int) -> Tensor:
         """``s [N, T, g, o]``."""
@@ -170,7 +177,13 @@ class Convolution(LayerType):
         o = call.options
         return int(o["groups"]), _tuple(o["stride"], dims), _tuple(o["dilation"], dims)
 
+    def costly_rows(self, call: Call) -> int:
+        positions = call.outputs.numel() // call.outputs.shape[1]
+        return positions * call.inputs.shape[1] * math.prod(call.options["kernel"])
+
     def input_rows(self, call: Call, axis: SampleAxis, samples: int) -> Tensor:
+        if call._rows is not None and call._rows[:2] == (axis, samples):
+            return call._rows[2]
         groups, stride, dilation = self._geometry(call)
         kernel = call.options["kernel"]
         x = pad_input(call.inputs, call.options["padding"], kernel, dilation)
@@ -180,7 +193,10 @@ class Convolution(LayerType):
         positions = math.prod(windows.shape[2 : 2 + dims])
         rows = windows.reshape(batch, groups, channels // groups, positions, -1)
         rows = rows.permute(0, 3, 1, 2, 4).reshape(batch, positions, groups, -1)
-        return _fold_positions(axis.first(rows, samples))
+        rows = _fold_positions(axis.first(rows, samples))
+        if call.keeps_rows:
+            call._rows = axis, samples, rows
+        return rows
 
     def output_rows(self, call: Call, s: Tensor, axis: SampleAxis, samples: int) -> Tensor:
         groups = self._geometry(call)[0]

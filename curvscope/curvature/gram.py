@@ -126,6 +126,8 @@ def gram_blocks(
                     accumulators[plan.name] = GramAccumulator(
                         plan, problem.dtype, count * facts.samples, form
                     )
+            if count > 1:
+                recording.keep_rows(wanted)
             for u, sign in cotangents(problem, kind, recording, generator):
                 gradients = recording.gradients(u, wanted)
                 for accumulator in accumulators.values():

@@ -23,9 +23,11 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from .. import memory
 from ..layer_calls import LAYER_TYPES
 from ..layers import Call, SampleAxis, sample_axes
 
+_ROWS_SHARE = 0.05  # of the available memory, for patches that are kept
 _KEYS = ("kind", "input", "weight", "bias")
 
 
@@ -143,6 +145,14 @@ class Recording:
         for k, gradient in zip(chosen, found, strict=True):
             result[k] = gradient
         return result
+
+    def keep_rows(self, wanted: Iterable[int]) -> None:
+        """Let calls keep patches between backward passes, as far as some of the memory goes."""
+        left = _ROWS_SHARE * memory.available_bytes(self.outputs.device)
+        for k in wanted:
+            call = self.calls[k]
+            left -= call.kind.costly_rows(call) * call.inputs.element_size()
+            call.keeps_rows = left >= 0
 
 
 def record(
