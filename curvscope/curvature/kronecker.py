@@ -86,7 +86,8 @@ def kfac(
     what = f"K-FAC ({_TITLES[fisher]}" + (", reduce)" if sharing == "reduce" else ")")
     info = kronecker_info(problem, kind, what, run, fisher=fisher, sharing=sharing)
     blocks: dict[str, Operator] = {
-        n: KroneckerOperator(f.G, f.A, f.view) for n, f in run.factors.items()
+        n: KroneckerOperator(f.G, f.A, f.view, positive_semidefinite=True)
+        for n, f in run.factors.items()
     }
     return assemble(problem, blocks, info, run.reasons, uncovered)
 
@@ -125,7 +126,8 @@ def kflr(
     run = collect_factors(problem, kind, sharing, prepared(problem, kind))
     info = kronecker_info(problem, kind, "KFLR", run, sharing=sharing)
     blocks: dict[str, Operator] = {
-        n: KroneckerOperator(f.G, f.A, f.view) for n, f in run.factors.items()
+        n: KroneckerOperator(f.G, f.A, f.view, positive_semidefinite=True)
+        for n, f in run.factors.items()
     }
     return assemble(problem, blocks, info, run.reasons, uncovered)
 
@@ -170,7 +172,7 @@ def foof(
     for name, f in run.factors.items():
         eye = torch.eye(f.view.out, dtype=f.A.dtype, device=f.A.device).expand_as(f.G)
         mean = f.G.diagonal(dim1=-2, dim2=-1).mean() if scaled else 1.0
-        blocks[name] = KroneckerOperator(eye * mean, f.A, f.view)
+        blocks[name] = KroneckerOperator(eye * mean, f.A, f.view, positive_semidefinite=True)
     return assemble(problem, blocks, info, run.reasons, uncovered)
 
 

@@ -51,6 +51,7 @@ def every_result() -> dict[str, Result]:
         cs.eigsh(ggn, 2),
         cs.negative_curvature(ggn),
         cs.density(ggn),
+        cs.solve(ggn, p.gradient(), damping=0.1),
         extremes(ggn),
         Result(),
     ]
