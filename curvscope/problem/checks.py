@@ -157,6 +157,22 @@ def without_noise(
             )
 
 
+def unchanging(problem: Problem, inputs: Any, outputs: Tensor) -> None:
+    """Raise ``NonDeterministicError`` where buffers that a pass changes change the outputs."""
+    if not outputs.numel() or not bool(torch.isfinite(outputs).all()):
+        return  # which the loss finds
+    again = problem.outputs(inputs).detach()
+    scale, eps = float(outputs.abs().max()), torch.finfo(problem.dtype).eps
+    same = again.shape == outputs.shape
+    difference = float((again - outputs).abs().max()) if same else float("inf")
+    if not difference <= 10 * eps * scale:
+        raise NonDeterministicError(
+            "The model changes its buffers when it is evaluated, under eval() too, and its outputs "
+            f"with them: two evaluations of the first batch differ by {difference:.3g} (largest "
+            f"value: {scale:.3g}). Update counters and running means under self.training only."
+        )
+
+
 def additive(problem: Problem, inputs: Any, targets: Any, whole: Tensor) -> None:
     """A plain callable must be a sum, or a mean over its count, of terms."""
     samples = sample_count(inputs, targets)
@@ -230,7 +246,8 @@ def repeatable(first: Facts, second: Facts, dtype: torch.dtype, batchnorm: str) 
             f"Two evaluations of the loss gave {first.total:.9g} and {second.total:.9g}. "
             "Either the data change from pass to pass (random augmentation: use list(loader)), "
             "or the model draws random numbers under eval() (functional dropout without "
-            "training=self.training, noise layers: switch it off)"
+            "training=self.training, noise layers: switch it off), or it changes itself when it is "
+            "evaluated (counters, running means kept by hand: only under self.training)"
             + (
                 ', or, under batchnorm="batch", the loader shuffles samples between batches.'
                 if batchnorm == "batch"

@@ -330,13 +330,16 @@ class Problem(Shown):
         look = not self._unchecked and self._facts is None and seed == 0
         # gradients stay enabled: models may differentiate inside forward, and take other kernels
         # without them
-        with self.session():
+        with self.session() as members:
+            marks = [buffer._version for buffer in members.buffers]
             for inputs, targets in self.batches(seed):
                 before = state.random_mark() if look and not count else ()
                 run = self.outputs if count else functools.partial(checks.first_outputs, self)
                 outputs = run(inputs).detach()
                 if look and not count:
                     checks.samples_first(inputs, targets, outputs)
+                    if [buffer._version for buffer in members.buffers] != marks:
+                        checks.unchanging(self, inputs, outputs)
                 self.loss.check(outputs, targets)
                 value = self.batch_total(outputs, targets)
                 if value.requires_grad and self._facts is None:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import curvscope as cs
-from curvscope.errors import ModelError
+from curvscope.errors import ModelError, NonDeterministicError
 
 DATA = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(4, 3), torch.tensor([0, 1, 1, 0])
 
@@ -67,3 +67,23 @@ def test_layers_frozen_later_stay_in_the_matrix():
     torch.testing.assert_close(cs.ggn(problem).blocks["2"].dense(), before[16:, 16:])
     assert not model[0].weight.requires_grad and model[0].weight.grad is None
     assert model[0].bias.requires_grad
+
+
+class Tracking(nn.Module):
+    """Keeps a running mean of its inputs by hand, in training and evaluation alike."""
+
+    def __init__(self, used: bool) -> None:
+        super().__init__()
+        self.layer, self.used = nn.Linear(3, 2).double(), used
+        self.register_buffer("mean", torch.zeros(3, dtype=torch.float64))
+
+    def forward(self, x):
+        self.mean.lerp_(x.detach().mean(0) + 1, 0.1)
+        return self.layer(x - self.mean if self.used else x)
+
+
+def test_buffers_that_every_pass_changes():
+    """With one batch, two passes over the data agree: the second evaluation of a pass does not."""
+    with pytest.raises(NonDeterministicError, match="changes its buffers"):
+        cs.Problem(Tracking(True), nn.CrossEntropyLoss(), DATA).check()
+    assert cs.Problem(Tracking(False), nn.CrossEntropyLoss(), DATA).check().samples == 4
