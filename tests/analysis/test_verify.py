@@ -259,6 +259,7 @@ def test_what_is_too_expensive_is_left_out(monkeypatch) -> None:
     from curvscope.analysis.checks import derivatives
 
     monkeypatch.setattr(derivatives, "_SECONDS", 0.0)
+    monkeypatch.setattr(derivatives, "_SHARED", 0.0)
     monkeypatch.setattr(gaussnewton, "_SECONDS", 0.0)
     problem = models.problem("mlp")
     for name in ("Hessian blocks", "GGN blocks"):

@@ -18,6 +18,7 @@ from .case import Case, gradient_at, relative, value_at
 from .differences import Difference, derivative, unit_scale
 
 _SECONDS = 5.0  # what one check may take beyond what cannot be avoided
+_SHARED = 20.0  # the same of passes that serve all blocks at once
 _BACKWARD = (
     "Look at custom torch.autograd.Functions, at .detach() and .data in the forward pass, and at "
     "operations without a derivative (argmax, round, integer indexing)."
@@ -184,7 +185,7 @@ def compare_blocks(case: Case, op: WholeOperator, true: Tensor, against: str) ->
         start += len(columns)
         routes[name] = op.route_of(name)
         seconds = _price(case, op, name)
-        if seconds > _SECONDS:
+        if seconds > (_SECONDS if routes[name] == "rows" else _SHARED):
             price = f"about {seconds:.0f} s" if math.isfinite(seconds) else "too large"
             left_out.append(f"{name} ({price} by {routes[name]!r})")
             continue
@@ -195,7 +196,10 @@ def compare_blocks(case: Case, op: WholeOperator, true: Tensor, against: str) ->
         details[name] = relative(found, mine[index], floor)
     what = op.info.what
     if not details:
-        return skipped(f"No block of the {what} was cheap enough: {listing(left_out)}.")
+        return skipped(
+            f"No block of the {what} was cheap enough: {listing(left_out)}.",
+            "Pass a smaller samples=.",
+        )
     worst = max(details, key=lambda n: details[n])
     wrong = {n: v for n, v in details.items() if not v <= case.exact}
     used = sorted({routes[n] for n in details})
