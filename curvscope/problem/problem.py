@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 
 from ..display import Card, Shown
 from ..errors import (
-    BatchNormError,
     DataError,
     ModelError,
     OptionError,
@@ -28,10 +26,12 @@ from ..modes import plain_mode
 from ..operators.base import Layout
 from . import checks, state
 from .blocks import make_blocks, select_parameters
+from .calling import call
 from .checks import Facts
 from .data import Batches, move, sample_count, select
 from .recognise import Reduction, recognise
 from .refusals import check_data, check_model
+from .survey import survey
 
 
 @dataclass(frozen=True)
@@ -244,43 +244,7 @@ class Problem(Shown):
 
     def outputs(self, inputs: Any) -> Tensor:
         """The model's outputs for one batch (inside a :meth:`session`)."""
-        try:
-            outputs = self._call(inputs)
-        except ValueError as error:
-            if self.batchnorm != "batch" or "more than 1 value per channel" not in str(error):
-                raise
-            raise BatchNormError(
-                'batchnorm="batch" is not defined for a batch with one value per channel '
-                f"({error}). Make every batch larger, leave the last one out, or use "
-                'batchnorm="eval".'
-            ) from error
-        if not isinstance(outputs, Tensor):
-            if self._forward is None:
-                advice = "say what the outputs are with forward=lambda model, inputs: ..."
-            else:
-                advice = "let it return what the loss needs, joined by torch.cat if it is several."
-            raise ModelError(
-                f"{'The model' if self._forward is None else 'forward='} returned "
-                f"{type(outputs).__name__}, not a tensor: {advice}"
-            )
-        return outputs
-
-    def _call(self, inputs: Any) -> Any:
-        if self._forward is not None:
-            return self._forward(self.model, inputs)
-        if isinstance(inputs, Mapping) or type(inputs) in (tuple, list):
-            return self._call_unpacked(inputs)
-        return self.model(inputs)
-
-    def _call_unpacked(self, inputs: Any) -> Any:
-        try:
-            return self.model(inputs)
-        except (TypeError, AttributeError) as error:
-            raise ModelError(
-                f"The model cannot be called with inputs of type {type(inputs).__name__} "
-                f"({error}). Say how with forward=lambda model, inputs: model(*inputs) or "
-                "model(**inputs)."
-            ) from error
+        return call(self.model, self._forward, inputs, batchnorm=self.batchnorm)
 
     def count_samples(self, inputs: Any, targets: Any) -> int:
         return sample_count(inputs, targets)
@@ -312,9 +276,9 @@ class Problem(Shown):
         checks.finite_parameters(self.model)
         if self._facts is not None:
             return self._facts
-        first = self._pass(seed=0)
+        first = survey(self, 0, look=not self._unchecked)
         if not self._unchecked:
-            checks.repeatable(first, self._pass(seed=1), self.dtype, self.batchnorm)
+            checks.repeatable(first, survey(self, 1), self.dtype, self.batchnorm)
         if first.terms <= 0:
             raise DataError(
                 "The data have no term: all targets are ignored or have weight zero, so the mean "
@@ -322,44 +286,6 @@ class Problem(Shown):
             )
         self._facts = first
         return first
-
-    def _pass(self, seed: int) -> Facts:
-        samples, terms, count, total = 0, 0.0, 0, 0.0
-        coupled = self.batchnorm == "batch"
-        direct: set[str] = set()
-        look = not self._unchecked and self._facts is None and seed == 0
-        # gradients stay enabled: models may differentiate inside forward, and take other kernels
-        # without them
-        with self.session() as members:
-            marks = [buffer._version for buffer in members.buffers]
-            for inputs, targets in self.batches(seed):
-                before = state.random_mark() if look and not count else ()
-                run = self.outputs if count else functools.partial(checks.first_outputs, self)
-                outputs = run(inputs).detach()
-                if look and not count:
-                    checks.samples_first(inputs, targets, outputs)
-                    if [buffer._version for buffer in members.buffers] != marks:
-                        checks.unchanging(self, inputs, outputs)
-                self.loss.check(outputs, targets)
-                value = self.batch_total(outputs, targets)
-                if value.requires_grad and self._facts is None:
-                    direct |= checks.used_by_loss(self, value)
-                value = value.detach()
-                if not bool(torch.isfinite(value)):
-                    checks.blame(self, inputs, count, float(value))
-                if before and state.random_mark() != before:
-                    checks.without_noise(self, inputs, targets, outputs, value)
-                size = sample_count(inputs, targets)
-                if size > 1 and look:
-                    checks.additive(self, inputs, targets, value)
-                    if count == 0 and not coupled:
-                        coupled = checks.coupled(self, inputs, targets, outputs)
-                samples += size
-                terms += self.loss.count(outputs, targets)
-                total += float(value)
-                count += 1
-        own = tuple(name for name in self.params if name in direct)
-        return Facts(samples, terms, count, total, coupled, own)
 
     def batch_total(self, outputs: Tensor, targets: Any) -> Tensor:
         """Unnormalised loss of a batch; errors of the loss become ``TargetError``."""
@@ -397,7 +323,7 @@ class Problem(Shown):
     def objective(self) -> float:
         """``f(theta)`` at the current parameters."""
         self.check()
-        return self._pass(seed=0).total * self.scale
+        return survey(self, 0).total * self.scale
 
     @plain_mode()
     def gradient(self) -> Tensor:
