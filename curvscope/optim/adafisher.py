@@ -198,9 +198,14 @@ class AdaFisher(CurvatureOptimizer):
         return self.steps % self.update_every == 0 or self._fresh
 
     def _watching(self) -> bool:
-        """Whether the next step may take statistics: also of layers that did not run before."""
+        """Whether the next step may take statistics: also of layers that did not run before.
+
+        Those that have not run by the next regular step may never do, and are left to such steps:
+        watching has its price.
+        """
+        early = self.steps < self.update_every and len(self._fired) < len(self.layers)
         alone = self._process_group is None  # ranks meet at statistics steps only
-        return self._due() or (alone and len(self._fired) < len(self.layers))
+        return self._due() or (alone and early)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; the statistics of the backward passes since the last step go too."""
