@@ -39,7 +39,8 @@ def write(runs: dict[str, list[Run]], machine: str) -> None:
     parts = [
         "# The MNIST autoencoder of K-BFGS's paper",
         f"Machine: {machine}. 784-1000-500-250-30-250-500-1000-784, batches of 1000, float32; "
-        "training loss of all 60,000 images, weight decay included.",
+        "training loss of all 60,000 images, weight decay included. Seconds depend on what else "
+        "the machine does: [the benchmark of steps](optimizers.md) compares them in one run.",
         _losses(runs),
         "![curves](kbfgs_mnist.svg)",
         _goals(runs),
@@ -74,13 +75,23 @@ def _survivors(runs: list[Run]) -> list[Run]:
     return [run for run in runs if run["diverged"] is None]
 
 
+def _shown(runs: dict[str, list[Run]], name: str) -> list[Run]:
+    """The first survivors; of a variant those with the seeds of the method itself."""
+    survived = _survivors(runs[name])
+    base = runs.get(name.partition(",")[0])
+    if base is None or base is runs[name]:
+        return survived[:FIRST]
+    seeds = [run["seed"] for run in _survivors(base)[:FIRST]]
+    return [run for run in survived if run["seed"] in seeds]
+
+
 def _losses(runs: dict[str, list[Run]]) -> str:
     rows = []
-    for name, each in runs.items():
+    for name in runs:
         if name in PUBLISHED:
             losses = [f"{PUBLISHED[name][e]:.1f}" for e in EPOCHS]
             rows.append([name, "published", *losses, "", ""])
-        for run in _survivors(each)[:FIRST]:
+        for run in _shown(runs, name):
             if len(run["losses"]) <= max(EPOCHS):
                 continue
             losses = [f"{run['losses'][e]:.1f}" for e in EPOCHS]
@@ -229,8 +240,8 @@ def _figure(runs: dict[str, list[Run]], path: Path) -> None:
     figure = Figure(figsize=(10.5, 3.6), layout="constrained")
     FigureCanvasSVG(figure)
     left, right = figure.subplots(1, 2, sharey=True)
-    for k, (name, each) in enumerate(runs.items()):
-        for first, run in enumerate(_survivors(each)[:FIRST]):
+    for k, name in enumerate(runs):
+        for first, run in enumerate(_shown(runs, name)):
             epochs = range(1, len(run["losses"]))
             options = {"color": f"C{k}", "lw": 1.2, "label": None if first else name}
             options["ls"] = "--" if name == "AdaFisherW" else "-"  # lies upon AdaFisher
