@@ -151,8 +151,9 @@ class Recording:
         left = _ROWS_SHARE * memory.available_bytes(self.outputs.device)
         for k in wanted:
             call = self.calls[k]
-            left -= call.kind.costly_rows(call) * call.inputs.element_size()
-            call.keeps_rows = left >= 0
+            size = call.kind.costly_rows(call) * call.inputs.element_size()
+            call.keeps_rows = size <= left  # a layer that is too large leaves room for others
+            left -= size if call.keeps_rows else 0
 
 
 def record(

@@ -108,9 +108,15 @@ def dense_sum(outer: Callable[[slice], Tensor], a: Tensor, out: int) -> Tensor:
     joint = a.new_zeros(len(left), len(first))
     # short chunks would read and write ``joint`` more often than they add to it
     budget = max(CHUNK, joint.numel())
-    for part in chunks(samples, max(len(first), out * out), budget):
-        squares = a[part][:, first] * a[part][:, second]
+    for part in chunks(samples, len(first) + 2 * out * out, budget):
+        rows, start = a[part], 0
+        squares = rows.new_empty(len(rows), len(first))
+        for k in range(inp):  # row by row of the triangle: gathered factors would be temporaries
+            stop = start + inp - k
+            torch.mul(rows[:, k : k + 1], rows[:, k:], out=squares[:, start:stop])
+            start = stop
         joint.addmm_(outer(part)[:, left, right].mT, squares)
+        del squares  # before the next is made
     where = torch.empty(inp, inp, dtype=torch.long, device=a.device)
     where[first, second] = where[second, first] = torch.arange(len(first), device=a.device)
     blocks = joint[:, where.flatten()].reshape(-1, inp, inp)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from curvscope.errors import MemoryLimitError, NonFiniteError, OptionError, ShapeError
+from curvscope.memory import PeakBytes
 from curvscope.operators import (
     DenseOperator,
     DiagonalKroneckerOperator,
@@ -342,3 +343,13 @@ def test_large_row_hessian_is_compared_without_forming_it() -> None:
     best = best_kronecker(op)
     assert best.info.settings["converged"]
     close(inner(op, best) / best.frobenius_norm() ** 2, 1.0)
+
+
+def test_dense_sums_take_one_temporary(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_algebra, "CHUNK", 2**16)
+    H, a = sym(2).expand(500, 1, 2, 2).reshape(500, 1, 2, 1, 2), randn(500, 1, 100)
+    op = RowHessianOperator(H, a)
+    with PeakBytes() as peak:
+        dense = op.dense()
+    assert peak.bytes < 8 * (1.6 * 200**2 + 1.3 * 2**16)  # half of it once, and a chunk
+    close(dense, torch.kron(H[0, 0, :, 0], a[:, 0].T @ a[:, 0]))
