@@ -18,6 +18,8 @@ Multiply = Callable[[Tensor], Tensor]
 _NOISE = 20.0  # times eps and the largest entry of the tridiagonal matrix: no more than rounding
 _LOST = {torch.float64: 1e-8, torch.float32: 2e-5}  # |A r| / (|A| |r|) of what A does not reach
 _WATCHED = 10  # steps
+_UNSAFE = 50.0  # times the noise
+_FLOOR = 0.1  # of a residual
 
 
 def dots(u: Tensor, v: Tensor) -> Tensor:
@@ -99,7 +101,7 @@ class ConjugateGradients(Iteration):
         p = self.p[:, active]
         image = self.multiply(p)
         curvature = dots(p, image)
-        noise = torch.finfo(p.dtype).eps * (dots(p, p) * dots(image, image)).sqrt()
+        noise = torch.finfo(p.dtype).eps * dots(p, p).sqrt() * dots(image, image).sqrt()
         going = curvature > noise
         self.ended[active] |= ~going
         active, p, image, curvature = active[going], p[:, going], image[:, going], curvature[going]
@@ -167,12 +169,21 @@ class MinimalResiduals(Iteration):
         image_of_residual = torch.hypot(bare, c * gamma_new)  # |A r| / |r|
         lost = image_of_residual <= _LOST[kind] * self.scale[active]
         self.ended[active] |= (gamma_new <= noise) | lost
-        singular = length <= noise
+        # along what is lost a step is rounding over rounding: long, and of no use
+        singular = (length <= noise) | (lost & (length <= _UNSAFE * noise))
         length = torch.where(singular, 1.0, length)
         c_new, s_new = bare / length, gamma_new / length
         w = z - further.to(kind) * self.w_old[:, active] - above.to(kind) * self.w[:, active]
         w /= length.to(kind)
-        self.x[:, active] += torch.where(singular, 0.0, c_new * eta).to(kind) * w
+        x = self.x[:, active] + torch.where(singular, 0.0, c_new * eta).to(kind) * w
+        norms = (s_new * eta * self.ratio[active]).abs()
+        if self.precondition is None:  # rounding of A x alone is as large as what is left
+            floor = torch.finfo(kind).eps * self.scale[active] * dots(x, x).sqrt()
+            spoilt = floor > _FLOOR * norms
+            self.ended[active] |= spoilt
+            long = spoilt & (norms > _FLOOR * (eta * self.ratio[active]).abs())
+            x = torch.where(long, self.x[:, active], x)
+        self.x[:, active] = x
         self.v_old[:, active], self.v[:, active] = self.v[:, active], v
         self.w_old[:, active], self.w[:, active] = self.w[:, active], w
         self.z[:, active] = z_new
@@ -180,7 +191,7 @@ class MinimalResiduals(Iteration):
         self.c_old[active], self.c[active] = c, c_new
         self.s_old[active], self.s[active] = s, s_new
         self.eta[active] = -s_new * eta
-        self.norms[active] = (self.eta[active] * self.ratio[active]).abs()
+        self.norms[active] = norms
         self.steps[active] += 1
         self._watch(active[self.steps[active] % _WATCHED == 0])
 

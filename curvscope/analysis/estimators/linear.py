@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ...errors import NonFiniteError, NotDefinedError, ShapeError, check_option
+from ...errors import (
+    NonFiniteError,
+    NotDefinedError,
+    OptionError,
+    ShapeError,
+    check_option,
+    counted,
+)
 from ...operators import Operator
 from ...progress import track
 from ..align import align
@@ -73,10 +80,10 @@ def solve(
     root of the condition number per digit and column. Holds 5 (``"cg"``) or 8 vectors per column.
     Raises ``NotDefinedError`` where conjugate gradients meet curvature that is not positive, or the
     preconditioner is not positive definite, ``SingularError`` by ``"direct"``, ``ShapeError`` for
-    vectors of another size, ``NonFiniteError`` for vectors or products that are not finite,
-    ``OptionError`` for a matrix that is not symmetric and a budget too small,
-    ``ParameterMismatchError`` for a preconditioner of other parameters, ``DataError`` for a
-    checkpoint of another computation.
+    vectors of another size, ``NonFiniteError`` for vectors, products or solutions that are not
+    finite in the type of the matrix, ``OptionError`` for complex vectors, a matrix that is not
+    symmetric and a budget too small, ``ParameterMismatchError`` for a preconditioner of other
+    parameters, ``DataError`` for a checkpoint of another computation.
 
     Source: Hestenes and Stiefel 1952; Paige and Saunders 1975 (SIAM J. Numer. Anal. 12); in
     training, Martens 2010 (ICML), section 4; preconditioned, Elman, Silvester and Wathen 2014,
@@ -103,9 +110,13 @@ def solve(
     settings: dict[str, Any] = {"damping": shift, "method": method, "tol": tol, "budget": budget}
     settings["preconditioner"] = None
     meter, sizes = Meter(op), lengths(b.mT)
+    scale = torch.where(sizes > 0, sizes, 1.0).to(b.dtype)
+    unit = b / scale
     if method == "direct":
-        x = op.inverse(shift) @ b
-        found = _Found(x, _residuals(b, (op @ x) + shift * x, sizes), "The inverse is known.")
+        x = op.inverse(shift) @ unit
+        found = _Found(
+            x, as_cpu(lengths((unit - (op @ x) - shift * x).mT)), "The inverse is known."
+        )
     else:
         apply: Multiply | None = None
         if preconditioner is not None:
@@ -113,22 +124,27 @@ def solve(
             apply = _applied(inverse["preconditioner"])
             settings["preconditioner"] = title(inverse["preconditioner"])
         most = _BUDGET * b.shape[1] if budget is None else budget
-        most = check_budget(most, 2 * b.shape[1], f"{b.shape[1]} right-hand sides")
+        most = check_budget(
+            most, 2 * b.shape[1], f"a solution for {counted(b.shape[1], 'right-hand side')}"
+        )
         prints = [f"{float(v):.5g}" for v in (*sizes, *b.double().sum(0))]
-        keeper = Keeper(checkpoint, meter, {**settings, "budget": None, "b": prints})
+        same = {"damping": shift, "method": method, "b": prints}
+        if checkpoint is not None and apply is not None:
+            same["preconditioner"] = [f"{float(v):.5g}" for v in lengths(apply(unit).mT)]
+        keeper = Keeper(checkpoint, meter, same)
         with keeper.kept():
-            found = _iterate(_System(meter, shift, apply, method), b, sizes, tol, most, keeper)
+            found = _iterate(_System(meter, shift, apply, method), unit, sizes, tol, most, keeper)
+    value = _scaled(found.x, scale, op)
     good = tuple((found.residuals <= max(tol, _rounding(op, method))).tolist())
     known = shift if op.positive_semidefinite else 0.0
-    solved = lengths(found.x.mT)
-    errors = found.residuals * as_cpu(sizes) / (known * as_cpu(solved)).clamp_min(1e-300)
+    errors = found.residuals / (known * as_cpu(lengths(found.x.mT))).clamp_min(1e-300)
     errors = torch.where(errors < 1, errors / (1 - errors), math.inf)  # of x*, not of x
     errors = torch.where(as_cpu(sizes) == 0, 0.0, errors)
     return Solution(
         of=title(op),
         size=op.shape[0],
         method=method,
-        value=(found.x[:, 0] if one else found.x).detach().cpu(),
+        value=(value[:, 0] if one else value).detach().cpu(),
         damping=shift,
         residuals=found.residuals,
         error_bounds=errors,
@@ -136,7 +152,7 @@ def solve(
         history=found.history,
         converged=all(good),
         reason=found.reason,
-        warnings=() if all(good) else (_unsolved(found.residuals, good, settings),),
+        warnings=() if all(good) else (_unsolved(found, good, settings),),
         cost=Cost(meter.used, time.perf_counter() - begun),
         settings=settings,
     )
@@ -168,35 +184,31 @@ class _System:
 
 
 def _iterate(
-    system: _System, b: Tensor, sizes: Tensor, tol: float, most: int, keeper: Keeper
+    system: _System, unit: Tensor, sizes: Tensor, tol: float, most: int, keeper: Keeper
 ) -> _Found:
-    """Rounds of an iteration on what is left of ``b``, each closed by true residuals."""
+    """Rounds of an iteration on what is left of ``unit``, each closed by true residuals."""
     meter = system.meter
-    scale = torch.where(sizes > 0, sizes, 1.0).to(b.dtype)
-    unit = b / scale
-    x, rest, left = torch.zeros_like(b), unit, (sizes > 0).double()
+    x, rest, left = torch.zeros_like(unit), unit, (sizes > 0).double()
     history: list[Tensor] = []
-    reason = "" if bool((left > tol).any()) else _MET
     state = keeper.load()
     if state is not None:
         x, rest, left = (
-            state[name].to(like) for name, like in (("x0", x), ("b0", b), ("e0", left))
+            state[name].to(like) for name, like in (("x0", x), ("b0", rest), ("e0", left))
         )
-        history, reason, meter.used = list(state["past"]), state["reason"], state["used"]
+        history, meter.used = list(state["past"]), state["used"]
+    reason = "" if bool((left > tol).any()) else _MET
     running = system.iteration(rest)
     if state is not None:
         running.resume(state)
 
     def hold() -> None:
         past = torch.stack(history) if history else left.new_zeros(0, len(left), device="cpu")
-        keeper.hold(
-            **running.state, x0=x, b0=rest, e0=left, past=past, reason=reason, used=meter.used
-        )
+        keeper.hold(**running.state, x0=x, b0=rest, e0=left, past=past, used=meter.used)
 
     steps = iter(track(range(most), f"Solution with the {title(meter.op)}"))
     while not reason:
         open_ = left > tol
-        aim = _AIM * tol
+        aim = _AIM * max(tol, torch.finfo(unit.dtype).eps)
         while True:
             active = (open_ & (running.norms > aim) & ~running.ended).nonzero().squeeze(1)
             if not len(active) or meter.used + len(active) + int(open_.sum()) > most:
@@ -213,7 +225,7 @@ def _iterate(
                 "method='minres', or a larger damping (cs.eigsh(op, 1, which='SA') says how "
                 "large)."
             )
-        new = x + running.x * open_.to(b.dtype)
+        new = x + running.x * open_.to(x.dtype)
         remaining = rest.clone()
         remaining[:, open_] = unit[:, open_] - system.times(new[:, open_])
         found = torch.where(open_, lengths(remaining.mT), left)
@@ -229,25 +241,30 @@ def _iterate(
         elif bool((open_ & (running.norms > aim) & ~running.ended).any()):
             reason = f"It stopped as the budget of {most} products is spent."
         elif not bool((left < _GAIN * before)[bad].any()):
-            reason = _SINGULAR if bool((running.ended & bad).any()) else _ROUNDING
-        running = system.iteration(rest)
-        hold()
+            far = left > torch.finfo(unit.dtype).eps ** 0.5  # from what rounding leaves
+            reason = _SINGULAR if bool((running.ended & bad & far).any()) else _ROUNDING
+        if not reason:  # the state before the last residuals: a larger budget goes on from there
+            running = system.iteration(rest)
+            hold()
     past = torch.stack(history) if history else torch.zeros(0, len(left), dtype=torch.float64)
-    return _Found(x * scale, as_cpu(left), reason, past)
+    return _Found(x, as_cpu(left), reason, past)
 
 
 def _columns(op: Operator, vectors: Any) -> tuple[Tensor, bool]:
     """``b`` ``[P, k]`` in the type of the matrix, and whether it was one vector."""
     b = torch.as_tensor(vectors).detach()
+    if b.is_complex():
+        raise OptionError("The right-hand side is complex; pass its real and imaginary parts.")
     if b.ndim not in (1, 2) or b.shape[0] != op.shape[0] or not b.numel():
         raise ShapeError(
             f"The right-hand side has shape {list(b.shape)}; the {title(op)} takes "
             f"[{op.shape[0]}] or [{op.shape[0]}, k]."
         )
-    if not bool(torch.isfinite(b).all()):
-        raise NonFiniteError("The right-hand side has NaN or infinite entries.")
     one = b.ndim == 1
-    return (b.unsqueeze(1) if one else b).to(dtype=op.dtype, device=op.device), one
+    b = (b.unsqueeze(1) if one else b).to(dtype=op.dtype, device=op.device)
+    if not bool(torch.isfinite(b).all()):
+        raise NonFiniteError(f"The right-hand side has NaN or infinite entries in {op.dtype}.")
+    return b, one
 
 
 def _applied(inverse: Operator) -> Multiply:
@@ -257,8 +274,15 @@ def _applied(inverse: Operator) -> Multiply:
     return apply
 
 
-def _residuals(b: Tensor, image: Tensor, sizes: Tensor) -> Tensor:
-    return as_cpu(lengths((b - image).mT) / torch.where(sizes > 0, sizes, 1.0))
+def _scaled(x: Tensor, scale: Tensor, op: Operator) -> Tensor:
+    """``x * scale``, refused where the type of the matrix does not hold it."""
+    value = x * scale
+    if bool((lengths((value / scale - x).mT) <= 1e-3 * lengths(x.mT)).all()):
+        return value
+    raise NonFiniteError(
+        f"The solution is too large or too small for {str(op.dtype).removeprefix('torch.')}. Pass "
+        "float64, or multiply the right-hand side by a number: the solution grows with it."
+    )
 
 
 def _rounding(op: Operator, method: str) -> float:
@@ -266,11 +290,16 @@ def _rounding(op: Operator, method: str) -> float:
     return 1e3 * torch.finfo(op.dtype).eps if method == "direct" else 0.0
 
 
-def _unsolved(residuals: Tensor, good: tuple[bool, ...], settings: dict[str, Any]) -> str:
-    ways = "damping=" if settings["method"] == "direct" else "budget= or damping="
-    if settings["method"] != "direct" and settings["preconditioner"] is None:
-        ways += ", or a preconditioner= such as cs.kfac(problem).inverse(damping)"
+def _unsolved(found: _Found, good: tuple[bool, ...], settings: dict[str, Any]) -> str:
+    ways = "damping="
+    if "budget" in found.reason:
+        ways = "budget= or damping="
+        if settings["preconditioner"] is None:
+            ways += ", or a preconditioner= such as cs.kfac(problem).inverse(damping)"
+    elif found.reason == _ROUNDING:
+        ways = "tol= or damping=, or float64"
     return (
-        f"{good.count(False)} of {len(good)} right-hand sides have not converged: the largest "
-        f"relative residual is {number(float(residuals.max()), 2)}. Pass a larger {ways}."
+        f"{good.count(False)} of {counted(len(good), 'right-hand side')} "
+        f"{'has' if good.count(False) == 1 else 'have'} not converged: the largest relative "
+        f"residual is {number(float(found.residuals.max()), 2)}. Pass a larger {ways}."
     )

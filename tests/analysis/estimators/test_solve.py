@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -165,6 +166,55 @@ def test_a_singular_system_ends_with_the_smallest_residual(dtype: torch.dtype) -
     assert torch.allclose(found.residuals, least, rtol=1e-2)
     inside = cs.solve(matrix, matrix @ B, method="minres", tol=1e-8)
     assert inside.converged
+
+
+def test_in_float32_a_step_too_far_does_not_cost_what_was_found() -> None:
+    values = torch.linspace(-4, 9, 20, dtype=torch.float64)
+    values[3] = 0
+    matrix, b = symmetric(values, 4), randn(20, 3, seed=104)
+    least = (b - matrix @ torch.linalg.pinv(matrix, rtol=1e-9) @ b).norm(dim=0) / b.norm(dim=0)
+    found = cs.solve(matrix.float(), b, method="minres")
+    assert not found.converged and "singular" in found.reason and found.products < 300
+    assert "budget" not in found.warnings[0]
+    assert bool((found.residuals <= 1.3 * least).all())
+
+
+@pytest.mark.parametrize("method", ["cg", "minres"])
+def test_a_larger_budget_and_another_tolerance_go_on(method: str, tmp_path: Path) -> None:
+    file, matrix = tmp_path / "state", POSITIVE if method == "cg" else INDEFINITE
+    straight = cs.solve(matrix, B, method=method, tol=1e-8)
+    short = cs.solve(matrix, B, method=method, tol=1e-3, budget=20, checkpoint=file)
+    assert not short.converged and short.products <= 20
+    longer = cs.solve(matrix, B, method=method, tol=1e-8, checkpoint=file)
+    assert longer.converged and longer.products == straight.products + 1
+    assert torch.equal(longer.value, straight.value)
+    again = cs.solve(matrix, B, method=method, tol=1e-10, checkpoint=file)
+    assert again.converged and float(again.residuals.max()) <= 1e-10
+    near = torch.linalg.inv(POSITIVE + EYE)
+    with pytest.raises(errors.DataError, match="another computation"):
+        cs.solve(matrix, B, method=method, preconditioner=near, checkpoint=file)
+
+
+def test_what_a_type_does_not_hold_is_refused() -> None:
+    small = (1e-30 * POSITIVE).float()
+    for method in ("cg", "direct"):
+        with pytest.raises(errors.NonFiniteError, match="too large or too small for float32"):
+            cs.solve(small, 1e20 * B, method=method, tol=1e-3)
+        with pytest.raises(errors.NonFiniteError, match="too large or too small for float32"):
+            cs.solve((1e20 * POSITIVE).float(), 1e-30 * B, method=method, tol=1e-3)
+    assert cs.solve(small, B, method="direct", tol=1e-3).converged
+    with pytest.raises(errors.NonFiniteError, match=r"in torch\.float32"):
+        cs.solve(small, 1e300 * B, method="cg")
+    with pytest.raises(errors.OptionError, match="complex"):
+        cs.solve(POSITIVE, B.to(torch.complex128))
+    huge = torch.tensor([[1e150]], dtype=torch.float64)
+    assert cs.solve(huge, torch.ones(1), method="cg").converged
+
+
+def test_no_products_are_spent_below_rounding() -> None:
+    found = cs.solve(POSITIVE, B, method="cg", tol=0)
+    assert not found.converged and "rounding" in found.reason and found.products < 900
+    assert "tol=" in found.warnings[0] and "budget" not in found.warnings[0]
 
 
 def test_the_budget_is_kept_and_what_was_found_too() -> None:
