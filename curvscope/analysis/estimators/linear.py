@@ -47,6 +47,11 @@ _ROUNDING = (
     "float64."
 )
 
+_STUCK = (
+    "It stopped as the residuals no longer get smaller: rounding, products that differ from call "
+    "to call, or a preconditioner that is not positive definite."
+)
+
 
 def solve(
     op: Operator | Tensor | np.ndarray | LinearOperator,
@@ -242,7 +247,9 @@ def _iterate(
             reason = f"It stopped as the budget of {most} products is spent."
         elif not bool((left < _GAIN * before)[bad].any()):
             far = left > torch.finfo(unit.dtype).eps ** 0.5  # from what rounding leaves
-            reason = _SINGULAR if bool((running.ended & bad & far).any()) else _ROUNDING
+            reason = _STUCK if bool((bad & far).any()) else _ROUNDING
+            if bool((running.ended & bad & far).any()):
+                reason = _SINGULAR
         if not reason:  # the state before the last residuals: a larger budget goes on from there
             running = system.iteration(rest)
             hold()
@@ -296,7 +303,7 @@ def _unsolved(found: _Found, good: tuple[bool, ...], settings: dict[str, Any]) -
         ways = "budget= or damping="
         if settings["preconditioner"] is None:
             ways += ", or a preconditioner= such as cs.kfac(problem).inverse(damping)"
-    elif found.reason == _ROUNDING:
+    elif found.reason in (_ROUNDING, _STUCK):
         ways = "tol= or damping=, or float64"
     return (
         f"{good.count(False)} of {counted(len(good), 'right-hand side')} "

@@ -217,6 +217,12 @@ def test_no_products_are_spent_below_rounding() -> None:
     assert "tol=" in found.warnings[0] and "budget" not in found.warnings[0]
 
 
+def test_a_preconditioner_that_loses_directions_is_among_the_reasons() -> None:
+    half = torch.diag((torch.arange(SIZE) % 2).double())
+    found = cs.solve(INDEFINITE, B, method="minres", preconditioner=half)
+    assert not found.converged and "not positive definite" in found.reason
+
+
 def test_the_budget_is_kept_and_what_was_found_too() -> None:
     full = cs.solve(POSITIVE, B, method="cg", tol=1e-10)
     short = cs.solve(POSITIVE, B, method="cg", tol=1e-10, budget=30)
