@@ -82,7 +82,8 @@ def solve(
     on after an interruption; it takes one more product.
 
     Cost: the products it reports, those of all columns that have not converged at once; about the
-    root of the condition number per digit and column. Holds 5 (``"cg"``) or 8 vectors per column.
+    root of the condition number per digit and column. At its peak it holds 13 (``"cg"``) or 18
+    vectors per column.
     Raises ``NotDefinedError`` where conjugate gradients meet curvature that is not positive, or the
     preconditioner is not positive definite, ``SingularError`` by ``"direct"``, ``ShapeError`` for
     vectors of another size, ``NonFiniteError`` for vectors, products or solutions that are not
@@ -207,6 +208,8 @@ def _iterate(
         running.resume(state)
 
     def hold() -> None:
+        if keeper.path is None:  # the state is a copy of all vectors
+            return
         past = torch.stack(history) if history else left.new_zeros(0, len(left), device="cpu")
         keeper.hold(**running.state, x0=x, b0=rest, e0=left, past=past, used=meter.used)
 
