@@ -34,7 +34,7 @@ def full_matrix(rounds: int) -> list[list[object]]:
         rows.append(
             [
                 f"digits-cnn (256 samples), all {name} blocks",
-                f"{problem.layout.numel} columns by double backward",
+                f"{problem.layout.numel} columns by products, many at once",
                 f"{slow:.2f} s",
                 f"{fast:.3f} s",
                 f"{slow / fast:.0f}",
