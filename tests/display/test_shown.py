@@ -107,8 +107,9 @@ def nothing_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
             if method in vars(kind):
                 monkeypatch.setattr(kind, method, forbidden)
         monkeypatch.setattr(kind, "frobenius_norm", forbidden)
-    for method in ("batches", "_pass", "sum_over_batches", "snapshot", "gradient", "objective"):
+    for method in ("batches", "sum_over_batches", "snapshot", "gradient", "objective"):
         monkeypatch.setattr(cs.Problem, method, forbidden)
+    monkeypatch.setattr("curvscope.problem.problem.survey", forbidden)
 
 
 def operators() -> dict[str, Operator]:
