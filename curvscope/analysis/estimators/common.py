@@ -29,6 +29,7 @@ from ...operators import (
     from_scipy,
 )
 from ..coerce import as_operator
+from ..iterations import dots
 
 DIRECT = 2000
 """Rows up to which a stored matrix is decomposed rather than multiplied."""
@@ -173,9 +174,7 @@ def length(vector: Tensor) -> float:
 
 def column_dots(u: Tensor, v: Tensor) -> Tensor:
     """Inner products of the columns of two ``[P, k]``: ``[k]`` in float64 on the CPU."""
-    return torch.stack([(u[:, k].double() * v[:, k].double()).sum() for k in range(u.shape[1])]).to(
-        "cpu"
-    )
+    return dots(u, v).to("cpu")
 
 
 def generator_for(seed: int, stream: int, index: int = 0) -> torch.Generator:

@@ -266,5 +266,5 @@ def test_bad_input() -> None:
     one, other = network(), network()
     names = list(other.params)
     mixed = cs.Problem(other.model, nn.CrossEntropyLoss(), list(other.batches()), params=names[:2])
-    with pytest.raises(errors.CurvscopeError):
+    with pytest.raises(errors.ParameterMismatchError, match="preconditioner"):
         cs.solve(cs.ggn(one), one.gradient(), preconditioner=cs.kfac(mixed).inverse(0.1))
