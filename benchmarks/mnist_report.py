@@ -124,8 +124,8 @@ def _goals(runs: dict[str, list[Run]]) -> str:
             verdict = "met" if abs(worst) <= allowed else "missed"
             lines.append(
                 f"- {name}, {which}: {within} of {len(gaps)} losses are within {allowed:.0%} of "
-                f"the published row, at most {worst:+.1%} (aim: all, {verdict}); their mean is at most "
-                f"{mean:+.1%} from it."
+                f"the published row, at most {worst:+.1%} (aim: all, {verdict}); their mean is "
+                f"at most {mean:+.1%} from it."
             )
     return "\n".join(lines)
 
