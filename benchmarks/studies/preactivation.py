@@ -113,7 +113,7 @@ def checked(problem: cs.Problem, name: str) -> float:
 
 
 def batches(images: Tensor, seed: int) -> Iterator[Tensor]:
-    """The first epoch in file order, then permuted, as in the published run."""
+    """The first epoch in file order, then permuted."""
     generator = torch.Generator().manual_seed(seed)
     yield from images.split(BATCH)
     while True:
