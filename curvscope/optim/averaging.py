@@ -8,15 +8,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+
+from ..problem.wrappers import distributed
 
 
 def choose_group(model: nn.Module, process_group: Any) -> Any:
     """The process group to average over, or ``None``."""
     if process_group is False or not (dist.is_available() and dist.is_initialized()):
         return None
-    if process_group is None and isinstance(model, DistributedDataParallel):
-        process_group = model.process_group
+    parallel = distributed(model)
+    if process_group is None and parallel is not None:
+        process_group = parallel.process_group
     group = process_group if process_group is not None else dist.group.WORLD
     return group if dist.get_world_size(group) > 1 else None
 

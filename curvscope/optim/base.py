@@ -15,11 +15,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import CurvscopeError, ModelError, NonFiniteError, OptionError, check_option
 from ..operators import Layout
 from ..problem.blocks import ROOT, make_blocks
+from ..problem.wrappers import unwrapped
 from . import checks, saving
 from .averaging import average, choose_group
 from .fallback import FALLBACK_LR, fallback_update
@@ -42,9 +42,10 @@ class CurvatureOptimizer(Inspection, torch.optim.Optimizer):
     ``process_group=None`` takes that of a ``DistributedDataParallel`` model or the default group,
     ``False`` none. Give every rank an equal share of the batch.
 
-    Attributes: ``model`` (without a ``DistributedDataParallel`` around it), ``params`` (name ->
-    Parameter, in the model's order), ``layout``, ``blocks`` (name -> parameter names, as in
-    ``cs.Problem``), ``layers`` (block -> Layer the method defines), ``steps`` (steps taken).
+    Attributes: ``model`` (without ``DistributedDataParallel`` or ``torch.compile`` around it),
+    ``params`` (name -> Parameter, in the model's order), ``layout``, ``blocks`` (name -> parameter
+    names, as in ``cs.Problem``), ``layers`` (block -> Layer the method defines), ``steps`` (steps
+    taken).
     """
 
     method: ClassVar[str] = "curvature optimizer"
@@ -64,7 +65,7 @@ class CurvatureOptimizer(Inspection, torch.optim.Optimizer):
         self.fallback = fallback
         self.steps = 0
         self._wrapper = model
-        self.model = model.module if isinstance(model, DistributedDataParallel) else model
+        self.model = unwrapped(model)
         self._explicit = params is not None
         self._ungrouped = process_group is False
         self._process_group = choose_group(model, process_group)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import OptionError, ShapeError, UnsupportedLayerError, UnsupportedLossError
 from ..modes import apart
+from ..problem.wrappers import distributed
 from .second_derivatives import FastSecondDerivatives
 
 
@@ -107,8 +107,9 @@ def twice_differentiable(model: nn.Module, wrapper: nn.Module) -> Iterator[None]
         stack.enter_context(FastSecondDerivatives())
         if any(isinstance(m, nn.RNNBase) for m in model.modules()):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        if isinstance(wrapper, DistributedDataParallel):
-            stack.enter_context(wrapper.no_sync())
+        parallel = distributed(wrapper)
+        if parallel is not None:
+            stack.enter_context(parallel.no_sync())
         yield
 
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
 from ..errors import OptionError, UnsupportedLossError
 from ..modes import apart
+from ..problem.wrappers import distributed
 
 Closure = Callable[[], Any]
 _NORMS = (nn.modules.batchnorm._NormBase,)
@@ -164,10 +164,8 @@ def replaying(
     at.restore()
     try:
         with without_weight_gradients(model), NoOtherGradients():
-            if isinstance(wrapper, DistributedDataParallel):
-                with wrapper.no_sync():
-                    yield
-            else:
+            parallel = distributed(wrapper)
+            with parallel.no_sync() if parallel is not None else nullcontext():
                 yield
     finally:
         now.restore()

@@ -32,6 +32,7 @@ from .data import Batches, move, sample_count, select
 from .recognise import Reduction, recognise
 from .refusals import check_data, check_model
 from .survey import survey
+from .wrappers import unwrapped
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,9 @@ class Problem(Shown):
     ----------
     model
         Any ``nn.Module``. It is never changed: everything is computed as under ``eval()``, and
-        flags, buffers, gradients, hooks and attributes are as before afterwards.
+        flags, buffers, gradients, hooks and attributes are as before afterwards. What training
+        wraps around it (``torch.compile``, ``DistributedDataParallel``) is looked through, so that
+        parameters have the names of the model within.
     loss
         A loss of ``torch.nn`` or ``torch.nn.functional``, or a callable
         ``loss(outputs, targets)`` together with ``reduction=``.
@@ -119,6 +122,7 @@ class Problem(Shown):
     ) -> None:
         check_model(model, loss)
         check_option("batchnorm", batchnorm, ("eval", "batch"))
+        model = unwrapped(model)
         self.user_model = model
         self.name = name or type(model).__name__
         self.user_loss = loss

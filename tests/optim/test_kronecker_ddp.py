@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+import curvscope as cs
 from curvscope.errors import ModelError
 from curvscope.optim import KBFGS, KFAC, AdaFisher
 
@@ -55,6 +56,10 @@ def worker(rank: int, folder: str, name: str) -> None:
             optimizer.step(closure_of(optimizer, wrapped, x[share], y[share]))
         if rank == 0:
             torch.save(flat(model), os.path.join(folder, "weights.pt"))
+        for seen in (model, wrapped):  # the matrices have the parameters of the model within
+            problem = cs.Problem(seen, nn.CrossEntropyLoss(), batch(0))
+            comparison = cs.compare(cs.hessian(problem), {name: optimizer.curvature()})
+            assert {row["block"] for row in comparison.records()} >= set(optimizer.layers)
     finally:
         dist.destroy_process_group()
 

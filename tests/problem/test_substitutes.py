@@ -92,8 +92,12 @@ def test_compiled_models() -> None:
     in_place.compile(backend="eager")
     for model in (whole, in_place):
         p = cs.Problem(model, CE(), (X, Y))
+        plain = cs.Problem(net(), CE(), (X, Y))
         assert relative(cs.hessian(p).dense(), truth) < 1e-12
-        assert relative(cs.ggn(p).dense(), cs.ggn(cs.Problem(net(), CE(), (X, Y))).dense()) < 1e-12
+        assert relative(cs.ggn(p).dense(), cs.ggn(plain).dense()) < 1e-12
+        assert p.layout == plain.layout and p.blocks == plain.blocks
+        optimizer = cs.optim.KFAC(model, lr=0.1, damping=0.1)
+        assert list(optimizer.params) == list(plain.params)
 
 
 class Bag(nn.Module):
