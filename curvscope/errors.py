@@ -8,6 +8,7 @@ not know curvscope can still catch it. A message says what is wrong and what to 
 from __future__ import annotations
 
 import difflib
+import numbers
 from collections.abc import Iterable
 
 
@@ -131,6 +132,21 @@ def counted(count: int, noun: str) -> str:
     """``"1 block"``, ``"1,200 blocks"``, ``"2 entries"``."""
     many = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}{'es' * noun.endswith('ch') or 's'}"
     return f"{count:,} {noun if count == 1 else many}"
+
+
+def check_count(argument: str, value: object, least: int = 1) -> int:
+    """``value`` as an ``int`` (NumPy's too); ``OptionError`` unless it is one from ``least`` on."""
+    good = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not good or value < least:  # type: ignore[operator]
+        raise OptionError(f"{argument}={value!r} must be an integer of at least {least}.")
+    return int(value)  # type: ignore[call-overload]
+
+
+def check_seed(seed: object) -> int:
+    """``seed`` as an ``int`` of either sign; ``OptionError`` unless it is one."""
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
+        raise OptionError(f"seed={seed!r} must be an integer, such as 0.")
+    return int(seed)
 
 
 def check_option(argument: str, value: object, allowed: Iterable[object]) -> None:

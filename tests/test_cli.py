@@ -280,6 +280,7 @@ def test_verify_prints_the_verdict_and_exits_by_it(
     assert "can be trusted" in result.output
     told = json.loads(run("verify", f"{mine}:make", "--samples", "8", "--json").stdout)
     assert told["trusted"] and told["type"] == "Verification"
+    assert told["samples"] == told["settings"]["samples"] == 8
 
     class Bad:
         trusted = False
@@ -287,7 +288,7 @@ def test_verify_prints_the_verdict_and_exits_by_it(
         def __str__(self) -> str:
             return "not to be trusted"
 
-    monkeypatch.setattr("curvscope.analysis.verify", lambda problem, seed: Bad())
+    monkeypatch.setattr("curvscope.analysis.verify", lambda problem, **options: Bad())
     result = run("verify", f"{mine}:make")
     assert result.exit_code == 1 and "not to be trusted" in result.output
 

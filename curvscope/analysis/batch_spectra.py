@@ -14,7 +14,7 @@ from torch import Tensor
 from ..curvature.products import GGN, HESSIAN, Kind
 from ..curvature.whole import WholeOperator
 from ..display import spark
-from ..errors import BatchNormError, DataError, OptionError, check_option
+from ..errors import BatchNormError, DataError, OptionError, check_count, check_option, check_seed
 from ..modes import plain_mode
 from ..operators import Operator
 from ..problem import Problem, require_problem
@@ -173,9 +173,7 @@ def batch_spectra(
     if n < 2:
         raise DataError("Spectra by batch size need at least two samples.")
     chosen = _sizes(sizes, n)
-    for name, count in (("k", k), ("draws", draws)):
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise OptionError(f"{name}={count!r} must be a number from 1 on.")
+    k, draws, seed = check_count("k", k), check_count("draws", draws), check_seed(seed)
     start = time.perf_counter()
     at = problem.snapshot()
     k = min(k, problem.layout.numel)

@@ -10,7 +10,7 @@ import torch
 
 from ..curvature.products import EMPIRICAL, HESSIAN, RAW, Kind
 from ..curvature.whole import WholeOperator
-from ..errors import BatchNormError, DataError, OptionError
+from ..errors import BatchNormError, DataError, OptionError, check_count, check_seed
 from ..modes import plain_mode
 from ..problem import Problem, require_problem
 from ..problem.refusals import require_sample_gradients
@@ -96,8 +96,7 @@ def gradient_noise(
     for name, value in (("theta", theta), ("nu", nu)):
         if not value > 0:
             raise OptionError(f"{name}={value!r} must be positive.")
-    if isinstance(probes, bool) or not isinstance(probes, int) or probes < 0:
-        raise OptionError(f"probes={probes!r} must be a number of probes, 0 for none.")
+    probes, seed = check_count("probes", probes, 0), check_seed(seed)
     start = time.perf_counter()
     facts = problem.check()
     require_sample_gradients(problem, "gradient noise")

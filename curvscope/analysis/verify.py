@@ -15,6 +15,7 @@ from ..errors import (
     NotDefinedError,
     OptionError,
     UnsupportedLossError,
+    check_count,
 )
 from ..problem import Problem
 from ..progress import stage, track
@@ -185,11 +186,8 @@ def verify(
     start = time.perf_counter()
     if not isinstance(problem, Problem):
         raise OptionError(f"A Problem is needed, not {type(problem).__name__}.")
-    for name, value in (("columns", columns), ("samples", samples)):
-        if value is not None and (
-            isinstance(value, bool) or not isinstance(value, int) or value < 1
-        ):
-            raise OptionError(f"{name}={value!r} must be a positive integer.")
+    columns = None if columns is None else check_count("columns", columns)
+    samples = None if samples is None else check_count("samples", samples)
     before = Marks.of(problem)
     problem.check()
     case = prepare(problem, samples, columns, seed, before)

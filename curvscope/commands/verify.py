@@ -63,7 +63,7 @@ def verify(
             device=device,
             threads=threads,
         )
-        result = run(loaded, seed=seed)
+        result = run(loaded, seed=seed, samples=samples)
     if json:
         print_json({**result.to_dict(), "trusted": result.trusted})
     else:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import OptionError, check_option
+from ..errors import OptionError, check_count, check_option, check_seed
 from ..layers import Call, Scale
 from ..modes import plain_mode
 from ..operators import (
@@ -166,12 +166,11 @@ def hutchinson_diagonal(
     torch.Size([8])
     """
     check_option("matrix", matrix, _KINDS)
-    if not isinstance(probes, int) or probes < 1:
-        raise OptionError(f"probes={probes!r} must be a positive integer.")
+    probes = check_count("probes", probes)
     kind = Kind(_KINDS[matrix])
     start = time.perf_counter()
     whole = WholeOperator(problem, kind, "auto", prepared(problem, kind))
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(check_seed(seed))
     size = whole.shape[0]
     like = torch.empty(0, dtype=whole.dtype, device=whole.device)
     mean, square, seen = like.new_zeros(size), like.new_zeros(size), 0

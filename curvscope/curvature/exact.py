@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import DataError, OptionError, UnsupportedLossError, check_option
+from ..errors import (
+    DataError,
+    OptionError,
+    UnsupportedLossError,
+    check_count,
+    check_option,
+    check_seed,
+)
 from ..modes import plain_mode
 from ..problem import Problem, Snapshot, require_problem
 from ..problem.data import select
@@ -200,11 +207,11 @@ def fisher(
     >>> exact.info.exact, sampled.info.exact
     (True, False)
     """
-    if samples is not None and (not isinstance(samples, int) or samples < 1):
-        raise OptionError(f"samples={samples!r} must be None (exact) or a positive integer.")
+    samples = None if samples is None else check_count("samples", samples)
     if problem.loss.likelihood is None:
         raise UnsupportedLossError(problem.loss.no_likelihood("Its Fisher"))
-    return _make(problem, Kind(FISHER, samples=samples, seed=seed), route, engine, memory)
+    kind = Kind(FISHER, samples=samples, seed=check_seed(seed))
+    return _make(problem, kind, route, engine, memory)
 
 
 def empirical_fisher(

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..errors import UnsupportedLossError, check_option
+from ..errors import UnsupportedLossError, check_count, check_option, check_seed
 from ..layers import Call
 from ..operators import BlockDiagonalOperator, MatrixView, Operator, Provenance
 from ..problem import Problem, Snapshot, require_problem
@@ -197,9 +197,9 @@ def label_kind(problem: Problem, fisher: str, seed: int, samples: int = 1) -> Ki
     check_option("fisher", fisher, ("exact", "mc", "empirical"))
     if fisher != "empirical" and problem.loss.likelihood is None:
         raise UnsupportedLossError(problem.loss.no_likelihood("Its Fisher"))
-    if fisher == "exact":
-        return Kind(FISHER)
-    return Kind(FISHER, samples=samples, seed=seed) if fisher == "mc" else Kind(EMPIRICAL)
+    if fisher == "mc":
+        return Kind(FISHER, samples=check_count("samples", samples), seed=check_seed(seed))
+    return Kind(FISHER if fisher == "exact" else EMPIRICAL)
 
 
 def assemble(

@@ -112,6 +112,7 @@ class CurvatureOptimizer(Inspection, torch.optim.Optimizer):
         except (TypeError, ValueError) as error:  # no dictionary, or parameters of another group
             raise OptionError(f"{self.method} cannot take these parameters: {error}.") from error
         group, params = self.param_groups[-1], getattr(self, "params", None)
+        group.update({k: checks.plain(v) for k, v in group.items() if k != "params"})
         try:
             checks.check_group(group)
             self._check_group(group)
@@ -357,7 +358,10 @@ class CurvatureOptimizer(Inspection, torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch, with names and shapes of the parameters and the number of steps."""
-        return saving.pack(self, super().state_dict())
+        state = super().state_dict()
+        for group in state["param_groups"]:  # schedulers may have put NumPy's numbers there
+            group.update({name: checks.plain(value) for name, value in group.items()})
+        return saving.pack(self, state)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from a saved state, bit for bit.

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -65,29 +66,32 @@ def _tensors(values: Any, method: str) -> list[Tensor]:
     return chosen
 
 
-def non_negative(name: str, value: Any, *, positive: bool = False, below: float = math.inf) -> None:
-    """Refuse a setting that is not a finite number of the right sign and size."""
+def plain(value: Any) -> Any:
+    """NumPy's numbers as Python's: ``weights_only`` does not load a state that holds others."""
+    if type(value) in (tuple, list):
+        return type(value)(plain(entry) for entry in value)
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def non_negative(name: str, value: Any, *, positive: bool = False, below: float = math.inf) -> Any:
+    """``value`` as a plain number; refused unless it is finite and of the right sign and size."""
+    value = plain(value)
     good = isinstance(value, int | float | Tensor) and not isinstance(value, bool)
     good = good and math.isfinite(float(value)) and 0 <= float(value) < below
     if not good or (positive and float(value) == 0):
         kind = "positive" if positive else "not negative"
         limit = f" and below {below:g}" if math.isfinite(below) else ""
         raise OptionError(f"{name}={value!r} must be a finite number that is {kind}{limit}.")
+    return value
 
 
 def whole_number(name: str, value: Any) -> int:
     """``value`` as an ``int``; refused unless it is a whole number from 1 on."""
-    number = isinstance(value, int) and not isinstance(value, bool)
-    if not number or value < 1:
+    value = plain(value)
+    good = isinstance(value, int | float) and not isinstance(value, bool)
+    if not good or not math.isfinite(value) or int(value) != value or value < 1:
         raise OptionError(f"{name}={value!r} must be a whole number, 1 or more.")
     return int(value)
-
-
-def whole(name: str, value: Any, *, least: int = 1) -> None:
-    """Refuse a setting that is not a whole number from ``least`` on."""
-    good = isinstance(value, int | float) and not isinstance(value, bool)
-    if not good or not math.isfinite(value) or int(value) != value or value < least:
-        raise OptionError(f"{name}={value!r} must be a whole number from {least} on.")
 
 
 def flag(name: str, value: Any) -> None:
@@ -98,6 +102,7 @@ def flag(name: str, value: Any) -> None:
 
 def seed_number(seed: Any) -> int:
     """``seed`` as an ``int``; refused unless it is a whole number."""
+    seed = plain(seed)
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise OptionError(f"seed={seed!r} must be a whole number.")
     return seed

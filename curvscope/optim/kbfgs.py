@@ -126,15 +126,14 @@ class KBFGS(CurvatureOptimizer):
         fallback: str = "adam",
         process_group: Any = None,
     ) -> None:
-        if memory is not None:
-            checks.whole("memory", memory)
         checks.flag("full_batch", full_batch)
-        checks.non_negative("decay", decay, below=1)
+        self.method = "K-BFGS" if memory is None else "K-BFGS(L)"  # type: ignore[misc]
+        self.memory = None if memory is None else checks.whole_number("memory", memory)
+        self.full_batch = full_batch
+        self.decay = checks.non_negative("decay", decay, below=1)
         if max_update_norm is not None:
             checks.non_negative("max_update_norm", max_update_norm, positive=True)
-        self.method = "K-BFGS" if memory is None else "K-BFGS(L)"  # type: ignore[misc]
-        self.memory = None if memory is None else int(memory)
-        self.full_batch, self.decay, self.max_update_norm = full_batch, decay, max_update_norm
+        self.max_update_norm = checks.plain(max_update_norm)
         self._seen: dict[str, _Seen] = {}
         self._phase = "first"
         self._last: dict[str, dict[str, Tensor]] = {}

@@ -137,10 +137,9 @@ class KFAC(CurvatureOptimizer):
     ) -> None:
         check_option("fisher", fisher, ("mc", "exact", "empirical"))
         check_option("split", split, ("plain", "trace"))
-        checks.non_negative("decay", decay, below=1)
-        checks.whole("inverse_every", inverse_every)
         self.fisher, self.split = fisher, split
-        self.decay, self.inverse_every = decay, int(inverse_every)
+        self.decay = checks.non_negative("decay", decay, below=1)
+        self.inverse_every = checks.whole_number("inverse_every", inverse_every)
         self._statistics = FisherStatistics(fisher, loss, checks.seed_number(seed))
         self._last: dict[str, dict[str, Tensor]] = {}
         self._eigenvalues = True

@@ -127,9 +127,8 @@ class MFAC(EveryParameter):
         maximize: bool = False,
         process_group: Any = None,
     ) -> None:
-        non_negative("damping", damping, positive=True)
-        non_negative("momentum", momentum, below=1.0)
-        self.damping, self.momentum = damping, momentum
+        self.damping = non_negative("damping", damping, positive=True)
+        self.momentum = non_negative("momentum", momentum, below=1.0)
         self.memory = whole_number("memory", memory)
         self._window: dict[str, Tensor] = {}
         defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}

@@ -18,7 +18,9 @@ from ..errors import (
     OptionError,
     TargetError,
     UnsupportedLossError,
+    check_count,
     check_option,
+    check_seed,
     counted,
     nearest,
 )
@@ -348,12 +350,12 @@ class Problem(Shown):
 
         Raises ``OptionError`` unless ``1 <= n <= n_samples``.
         """
-        samples = self.n_samples
+        samples, n = self.n_samples, check_count("n", n, 0)
         if not 1 <= n <= samples:
             raise OptionError(
                 f"subset({n}): the problem has {samples} samples; take between 1 and {samples}."
             )
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(check_seed(seed))
         chosen = torch.randperm(samples, generator=generator)[:n].sort().values
         parts, start = [], 0
         with state.random_state(), self.data.preserved():

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..display import Card, Shown, Table
-from ..errors import OptionError
+from ..errors import OptionError, check_count
 from ..problem import Problem
 from .differences import Difference, diff
 from .read import read_report
@@ -141,8 +141,7 @@ def make_report(
     hessian = bool(usual["hessian"] if hessian is None else hessian)
     verification = bool(usual["verify"] if verification is None else verification)
     probes = usual["probes"] if probes is None else probes
-    if isinstance(probes, bool) or not isinstance(probes, int) or probes < 2:
-        raise OptionError(f"probes={probes!r} must be an integer of at least 2.")
+    probes = check_count("probes", probes, 2)
     if damping is not None and not (0 <= damping < float("inf")):
         raise OptionError(f"damping={damping!r} must be a finite number of at least 0.")
     from .collect import collect

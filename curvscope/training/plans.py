@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import OptionError, OutputError, RunError, check_option
+from ..errors import OptionError, OutputError, RunError, check_count, check_option, check_seed
 from .checkpoints import load_json, save_json
 from .optimizers_by_name import OptimizerSpec, build_optimizer
 from .subjects import Source
@@ -96,8 +96,9 @@ def _rates(spec: OptimizerSpec, lrs: Sequence[float] | None) -> list[float | Non
 
 
 def _seeds(seeds: int | Sequence[int]) -> list[int]:
-    numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    if isinstance(seeds, bool) or not numbers or any(not isinstance(s, int) for s in numbers):
+    several = seeds if isinstance(seeds, Iterable) else range(check_count("seeds", seeds))
+    numbers = [check_seed(seed) for seed in several]
+    if not numbers:
         raise OptionError(f"seeds={seeds!r}: give how many, from 1 on, or a list of seeds.")
     if min(numbers) < 0 or len(set(numbers)) < len(numbers):
         raise OptionError(f"seeds={seeds!r}: seeds are different numbers from 0 on.")
@@ -121,8 +122,7 @@ def begin(
     a comparison on another problem or with other batches, ``OptionError`` for bad options.
     """
     check_option("schedule", schedule, SCHEDULES)
-    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
-        raise OptionError(f"epochs={epochs!r} must be a whole number of at least 1.")
+    epochs = check_count("epochs", epochs)
     folder = Path(out).expanduser()
     fixed = {"problem": source.name, "batch_size": source.batch_size, "schedule": schedule}
     if schedule == "cosine":

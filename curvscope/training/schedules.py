@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import OptionError
+from ..errors import OptionError, check_count
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,7 @@ class Every(Schedule):
     n: int
 
     def __post_init__(self) -> None:
-        if isinstance(self.n, bool) or not isinstance(self.n, int) or self.n < 1:
-            raise OptionError(f"Every({self.n!r}): take a whole number of steps, at least 1.")
+        object.__setattr__(self, "n", check_count("n", self.n))
 
     def due(self, step: int, timing: Timing) -> bool:
         """At multiples of ``n``."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..errors import OptionError, check_option
+from ..errors import OptionError, check_count, check_option
 from .measures import Measure
 from .schedules import schedule
 
@@ -51,9 +51,7 @@ class Snapshots:
     def __post_init__(self) -> None:
         check_option("snapshots (kind)", self.kind, KINDS)
         for name in ("stride", "size"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise OptionError(f"{name}={value!r} must be a whole number of at least 1.")
+            object.__setattr__(self, name, check_count(name, getattr(self, name)))
 
     def describe(self) -> dict[str, Any]:
         """What reads the snapshots again."""

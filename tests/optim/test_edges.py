@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import io
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -167,6 +170,31 @@ def test_a_learning_rate_may_be_a_tensor(method: Method) -> None:
             method.run(optimizer, net, ROWS, 1, start=k)
             schedule.step()
     assert relative(flat(nets[0]), flat(nets[1])) < 1e-12
+
+
+@each_method
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_settings_may_be_numbers_of_numpy(method: Method, kind: Any) -> None:
+    """As of ``np.logspace``; a state that held them would not load with ``weights_only``."""
+    whole = {"update_every": 2, "inverse_every": 2, "n_probes": 2, "memory": 3, "seed": 1}
+    accepted = set(inspect.signature(method.make).parameters)
+    whole = {k: v for k, v in whole.items() if k in accepted}
+    nets = [seeded(mlp), seeded(mlp)]
+    states = []
+    for net, real, integer in zip(nets, (float, kind), (int, np.int64), strict=True):
+        options = {k: real(kind(v)) for k, v in method.options.items() if isinstance(v, float)}
+        options |= {k: integer(v) for k, v in whole.items()}
+        optimizer = method.build(net, **{**options, "lr": real(kind(0.01))})
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: kind(0.5) ** k)
+        for k in range(3):
+            method.run(optimizer, net, ROWS, 1, start=k)
+            schedule.step()
+        buffer = io.BytesIO()
+        torch.save(optimizer.state_dict(), buffer)
+        buffer.seek(0)
+        states.append(torch.load(buffer, weights_only=True))
+    assert states[0]["param_groups"] == states[1]["param_groups"]
+    assert torch.equal(flat(nets[0]), flat(nets[1]))
 
 
 class Experts(nn.Module):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -137,6 +139,23 @@ PARTS: dict[str, Refusal] = {
 @pytest.mark.parametrize("name", PARTS)
 def test_models_blocks_and_options(name: str) -> None:
     refused(PARTS[name][0], PARTS[name][1], *PARTS[name][2])
+
+
+COUNTS: dict[str, Callable[[Any, Any], Any]] = {
+    "hutchinson_diagonal": lambda k, s: cs.hutchinson_diagonal(problem(), probes=k, seed=s),
+    "fisher": lambda k, s: cs.fisher(problem(), samples=k, seed=s),
+    "kfac": lambda k, s: cs.kfac(problem(), fisher="mc", samples=k, seed=s),
+    "gradient_noise": lambda k, s: cs.gradient_noise(problem(), probes=k, seed=s),
+    "batch_spectra": lambda k, s: cs.batch_spectra(problem(), draws=k, k=2, seed=s),
+    "subset": lambda k, s: problem().subset(k, seed=s),
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_counts_and_seeds_are_whole_numbers_of_any_kind(name: str) -> None:
+    COUNTS[name](np.int64(2), np.int64(1))
+    for count, seed, named in ((2.0, 1, "2.0"), (True, 1, "True"), (2, "a", "seed='a'")):
+        refused(lambda c=count, s=seed: COUNTS[name](c, s), errors.OptionError, named)
 
 
 def test_forced_routes_still_compute_the_blocks_that_allow_them() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import NonFiniteError, OptionError
+from ...errors import NonFiniteError, OptionError, check_count
 from ...operators import (
     BlockDiagonalOperator,
     Converted,
@@ -221,13 +221,6 @@ def check_confidence(confidence: float) -> float:
     return float(confidence)
 
 
-def check_count(name: str, value: int, least: int = 1) -> int:
-    """An integer of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
-        raise OptionError(f"{name}={value!r} must be an integer of at least {least}.")
-    return int(value)
-
-
 def check_budget(budget: int, needed: int, method: str) -> int:
     """A number of products that is enough for the method at all."""
     budget = check_count("budget", budget)
@@ -237,13 +230,6 @@ def check_budget(budget: int, needed: int, method: str) -> int:
             f"Pass budget={needed} or more."
         )
     return budget
-
-
-def check_seed(seed: int) -> int:
-    """An integer of either sign."""
-    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
-        raise OptionError(f"seed={seed!r} must be an integer.")
-    return int(seed)
 
 
 def quantile(confidence: float, freedom: float) -> float:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ...errors import NotDefinedError, check_option
+from ...errors import NotDefinedError, check_option, check_seed
 from ...operators import Operator
 from ..coerce import in_float64
 from ..result import Cost, as_cpu
@@ -20,7 +20,6 @@ from .common import (
     Meter,
     check_budget,
     check_confidence,
-    check_seed,
     check_tol,
     decomposable,
     matrix_of,

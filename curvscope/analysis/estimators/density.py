@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...display import spark
-from ...errors import OptionError, check_option
+from ...errors import OptionError, check_count, check_option, check_seed
 from ...operators import Operator
 from ..result import Cost, as_cpu, number
 from ..spectrum import Spectrum
@@ -21,8 +21,6 @@ from .common import (
     Meter,
     check_budget,
     check_confidence,
-    check_count,
-    check_seed,
     decomposable,
     matrix_of,
     quantile,

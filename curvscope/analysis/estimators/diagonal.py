@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...display import spark
-from ...errors import check_option
+from ...errors import check_option, check_seed
 from ...operators import Operator
 from ...progress import track
 from ..result import Cost, as_cpu, number
@@ -20,7 +20,6 @@ from .common import (
     Meter,
     check_budget,
     check_confidence,
-    check_seed,
     check_tol,
     diagonal_known,
     matrix_of,

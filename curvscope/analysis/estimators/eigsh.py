@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ...errors import NonFiniteError, OptionError, ShapeError, check_option
+from ...errors import NonFiniteError, OptionError, ShapeError, check_count, check_option, check_seed
 from ...operators import LowRankOperator, Operator, RowGramOperator
 from ...progress import track
 from ..gram_form import GramForm
@@ -22,8 +22,6 @@ from .common import (
     DIRECT,
     Meter,
     check_budget,
-    check_count,
-    check_seed,
     check_tol,
     matrix_of,
     normals,

@@ -6,12 +6,13 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from numbers import Real
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ...errors import NotDefinedError, OptionError, check_option
+from ...errors import NotDefinedError, OptionError, check_count, check_option, check_seed
 from ...operators import Operator
 from ..coerce import in_float64
 from ..result import Cost, as_cpu
@@ -20,8 +21,6 @@ from .common import (
     Meter,
     check_budget,
     check_confidence,
-    check_count,
-    check_seed,
     check_tol,
     decomposable,
     matrix_of,
@@ -167,7 +166,7 @@ def effective_dimension(
 
 
 def _damping(damping: float) -> float:
-    if not (isinstance(damping, int | float) and math.isfinite(damping) and damping >= 0):
+    if not (isinstance(damping, Real) and math.isfinite(damping) and damping >= 0):
         raise OptionError(f"damping={damping!r} must be a finite number of at least 0.")
     return float(damping)
 

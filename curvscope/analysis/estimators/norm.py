@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ...errors import NotDefinedError, ParameterMismatchError, ShapeError, check_option
+from ...errors import NotDefinedError, ParameterMismatchError, ShapeError, check_option, check_seed
 from ...operators import Operator, inner
 from ..coerce import in_float64
 from ..result import Cost
@@ -19,7 +19,6 @@ from .common import (
     Meter,
     check_budget,
     check_confidence,
-    check_seed,
     check_tol,
     column_dots,
     decomposable,

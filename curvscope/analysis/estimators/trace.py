@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ...errors import check_option
+from ...errors import check_option, check_seed
 from ...operators import Operator
 from ..result import Cost
 from .checkpoint import Keeper
@@ -18,7 +18,6 @@ from .common import (
     Meter,
     check_budget,
     check_confidence,
-    check_seed,
     check_tol,
     column_dots,
     diagonal_known,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ... import memory
-from ...errors import OptionError, check_option
+from ...errors import check_count, check_option
 from ...operators import BlockDiagonalOperator
 from ...problem import Problem
 from . import operators as build
@@ -54,7 +54,7 @@ def kfac(
     positions, and are not KFC's: they are refused unless ``unscaled=True``, which returns them as
     they are under the name "KFAC (BackPACK, unscaled)".
     """
-    return _kronecker(problem, "KFAC", unscaled, seed, mc_samples=count_of("samples", samples))
+    return _kronecker(problem, "KFAC", unscaled, seed, mc_samples=check_count("samples", samples))
 
 
 def kflr(problem: Problem, *, unscaled: bool = False) -> BlockDiagonalOperator:
@@ -97,20 +97,13 @@ def pchmp(problem: Problem, *, modify: str = "clip") -> BlockDiagonalOperator:
     return build.matrix_free(job, f"positive-curvature Hessian ({modify})", definite=True)
 
 
-def count_of(argument: str, value: int) -> int:
-    """``value``, or ``OptionError`` unless it is a positive integer."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise OptionError(f"{argument}={value!r} must be a positive integer.")
-    return value
-
-
 def sampled_job(
     problem: Problem, exact: str, sampled: str, mc: int | None, seed: int
 ) -> tuple[Job, bool, str]:
     """The job, whether it is exact, and what to append to the name."""
     if mc is None:
         return Job(problem, spec_of(exact), {}), True, ""
-    options = {"mc_samples": count_of("mc", mc)}
+    options = {"mc_samples": check_count("mc", mc)}
     return Job(problem, spec_of(sampled), options, seed=seed), False, f" (sampled, {mc} per term)"
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import BackpackError, CurvscopeError, OptionError
+from ...errors import BackpackError, CurvscopeError, check_seed
 from ...problem import Problem, Snapshot
 from ...problem.data import select
 from ...problem.losses import BinaryCrossEntropy, CrossEntropy
@@ -50,8 +50,7 @@ class Stream:
     """A stream of random numbers of its own: BackPACK draws from the global generators."""
 
     def __init__(self, seed: int, device: torch.device) -> None:
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise OptionError(f"seed={seed!r} is not an integer.")
+        seed = check_seed(seed)
         self.cpu = torch.Generator().manual_seed(seed).get_state()
         self.device = device
         if device.type == "cuda":
