@@ -144,7 +144,7 @@ def train(method: Method, images: Tensor, seed: int, epochs: int) -> dict[str, A
     run: dict[str, Any] = {"method": method.name, "settings": method.settings, "seed": seed}
     run |= {"losses": [start], "seconds": [0.0], "diverged": None, "before": []}
     clock = time.perf_counter()
-    _warm_start(optimizer, images)
+    warm_start(optimizer, images)
     spent = time.perf_counter() - clock
     steps: list[float] = []
     recent: list[dict[str, Any]] = []
@@ -152,7 +152,7 @@ def train(method: Method, images: Tensor, seed: int, epochs: int) -> dict[str, A
         for batch in batches:
             clock = time.perf_counter()
             try:
-                loss = _step(method, optimizer, model, batch)
+                loss = take_step(method, optimizer, model, batch)
             except cs.errors.NonFiniteError as error:
                 run["diverged"] = {"step": len(steps) + 1, "epoch": epoch, "error": str(error)}
                 run["before"] = recent
@@ -173,7 +173,7 @@ def train(method: Method, images: Tensor, seed: int, epochs: int) -> dict[str, A
     return run
 
 
-def _warm_start(optimizer: torch.optim.Optimizer, images: Tensor) -> None:
+def warm_start(optimizer: torch.optim.Optimizer, images: Tensor) -> None:
     """One pass over the data for the methods that begin with one."""
     parts = images.split(BATCH)
     if isinstance(optimizer, cs.optim.KBFGS):
@@ -185,7 +185,7 @@ def _warm_start(optimizer: torch.optim.Optimizer, images: Tensor) -> None:
         )
 
 
-def _step(
+def take_step(
     method: Method, optimizer: torch.optim.Optimizer, model: nn.Module, batch: Tensor
 ) -> float:
     def closure() -> Tensor:

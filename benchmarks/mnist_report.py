@@ -109,54 +109,123 @@ def _gap(loss: float, epoch: int, name: str) -> float:
 def _goals(runs: dict[str, list[Run]]) -> str:
     lines = []
     for name, allowed in ALLOWED.items():
-        survived = _survivors(runs.get(name, []))
-        epochs = [e for e in EPOCHS if survived and e < len(survived[0]["losses"])]
-        if not epochs:
-            continue
-        groups = {"all survivors": survived}
-        if len(survived) > FIRST:
-            groups = {f"the first {FIRST} survivors": survived[:FIRST], **groups}
-        for which, group in groups.items():
-            columns = {e: [r["losses"][e] for r in group] for e in epochs}
+        ours = [run["losses"] for run in _survivors(runs.get(name, []))]
+        for which, group in _groups(name, ours).items():
+            columns = {e: [losses[e] for losses in group if e < len(losses)] for e in EPOCHS}
+            columns = {e: column for e, column in columns.items() if column}
+            if not columns:
+                continue
             mean = max((_gap(statistics.fmean(c), e, name) for e, c in columns.items()), key=abs)
             gaps = [_gap(loss, e, name) for e, column in columns.items() for loss in column]
             within, worst = sum(abs(g) <= allowed for g in gaps), max(gaps, key=abs)
-            verdict = "met" if abs(worst) <= allowed else "missed"
+            verdict = "all are" if within == len(gaps) else f"{within} of {len(gaps)} are"
             lines.append(
-                f"- {name}, {which}: {within} of {len(gaps)} losses are within {allowed:.0%} of "
-                f"the published row, at most {worst:+.1%} (aim: all, {verdict}); their mean is "
-                f"at most {mean:+.1%} from it."
+                f"- {name}, {which}: of the losses {verdict} within {allowed:.0%} of the "
+                f"published row, the farthest {worst:+.1%}; their mean is at most {mean:+.1%} "
+                "from it."
             )
     return "\n".join(lines)
 
 
+def _groups(name: str, ours: list[list[float]]) -> dict[str, list[list[float]]]:
+    """Which runs are judged together: losses by epoch."""
+    if len(ours) <= FIRST:
+        return {"the published run's seed" if len(ours) == 1 else "all survivors": ours}
+    groups = {
+        "the published run's seed": ours[:1],
+        f"the first {FIRST} survivors": ours[:FIRST],
+        "all survivors": ours,
+    }
+    if name == "K-BFGS" and (theirs := [x for x in _release()["losses"].values() if len(x) > 1]):
+        groups[f"the authors' code, its first {FIRST} survivors"] = theirs[:FIRST]
+        groups["the authors' code, all survivors"] = theirs
+    return groups
+
+
+def _release() -> dict[str, dict[str, list[float]]]:
+    """What ``kbfgs_release.py`` found, by seed: losses by epoch, and differences in float64."""
+    path = RESULTS / "kbfgs_release.json"
+    return json.loads(path.read_text()) if path.exists() else {"losses": {}, "float64": {}}
+
+
 def _seeds(runs: list[Run]) -> str:
-    """The losses of K-BFGS over all seeds, and how they spread."""
+    """The losses of K-BFGS over all seeds, and how they spread; those of the authors' code."""
     survived = _survivors(runs)
     if len(survived) < 2:
         return ""
+    release = _release()
+    columns = {"curvscope": [run["losses"] for run in survived]}
+    columns["authors' code"] = [x for x in release["losses"].values() if len(x) > 1]
     rows = []
     for run in runs:
         if run["diverged"] is None:
-            rows.append([str(run["seed"]), *(f"{run['losses'][e]:.1f}" for e in EPOCHS)])
+            rows.append(_row(str(run["seed"]), "curvscope", run["losses"]))
         else:
             step = f"diverged at step {run['diverged']['step']}"
-            rows.append([str(run["seed"]), step, *([""] * (len(EPOCHS) - 1))])
-    columns = [[r["losses"][e] for r in survived] for e in EPOCHS]
-    spread = [statistics.stdev(c) for c in columns]
-    errors = [s / math.sqrt(len(survived)) for s in spread]
-    rows.append(
-        [
-            "mean",
-            *(f"{statistics.fmean(c):.1f} ± {e:.1f}" for c, e in zip(columns, errors, strict=True)),
-        ]
+            rows.append([str(run["seed"]), "curvscope", step, *([""] * (len(EPOCHS) - 1))])
+        theirs = release["losses"].get(str(run["seed"]), [])
+        if len(theirs) > 1:
+            rows.append(_row("", "authors' code", theirs))
+        elif theirs:
+            rows.append(["", "authors' code", "diverged", *([""] * (len(EPOCHS) - 1))])
+    for what, number in (("mean", _mean), ("standard deviation", _deviation)):
+        for code, found in columns.items():
+            if len(found) > 1:
+                rows.append(
+                    [what, code, *(number([x[e] for x in found if e < len(x)]) for e in EPOCHS)]
+                )
+    rows.append(["published", "", *(f"{PUBLISHED['K-BFGS'][e]:.1f}" for e in EPOCHS)])
+    return "\n\n".join(
+        part
+        for part in (
+            f"K-BFGS at the published setting: {len(survived)} of {len(runs)} seeds survive; the "
+            "mean is theirs, with its standard error. The published row is a single run, with seed "
+            "9999." + _beside(release["losses"]),
+            table(["seed", "code", *(f"epoch {e}" for e in EPOCHS)], rows),
+            _double(release["float64"]),
+        )
+        if part
     )
-    rows.append(["standard deviation", *(f"{s:.1f}" for s in spread)])
-    rows.append(["published", *(f"{PUBLISHED['K-BFGS'][e]:.1f}" for e in EPOCHS)])
+
+
+def _row(seed: str, code: str, losses: list[float]) -> list[str]:
+    return [seed, code, *(f"{losses[e]:.1f}" if e < len(losses) else "" for e in EPOCHS)]
+
+
+def _mean(values: list[float]) -> str:
+    if len(values) < 2:
+        return ""
+    return f"{statistics.fmean(values):.1f} ± {_spread(values) / math.sqrt(len(values)):.1f}"
+
+
+def _deviation(values: list[float]) -> str:
+    return f"{_spread(values):.1f}" if len(values) > 1 else ""
+
+
+def _spread(values: list[float]) -> float:
+    return statistics.stdev(values)
+
+
+def _beside(losses: dict[str, list[float]]) -> str:
+    if not losses:
+        return ""
+    survived = sum(len(x) > 1 for x in losses.values())
     return (
-        f"K-BFGS at the published setting: {len(survived)} of {len(runs)} seeds survive; the mean "
-        "is theirs, with its standard error. The published row is a single run.\n\n"
-        + table(["seed", *(f"epoch {e}" for e in EPOCHS)], rows)
+        f" Of the authors' code, with the same weights, orders and batches on the same machine "
+        f"([`kbfgs_release.py`](../kbfgs_release.py)), {survived} of {len(losses)} survive."
+    )
+
+
+def _double(gaps: dict[str, list[float]]) -> str:
+    """How far both codes are from each other where rounding has no say."""
+    if not gaps:
+        return ""
+    early, late = (max(max(each[:k]) for each in gaps.values()) for k in (30, None))
+    steps, seeds = len(next(iter(gaps.values()))), " and ".join(gaps)
+    return (
+        f"In float64 both are the same: with seeds {seeds} their minibatch losses differ by at "
+        f"most {early:.0e} of the loss in 30 steps and {late:.0e} in {steps}. The difference grows "
+        "as in chaotic systems, so that in float32 rounding has a say in which seeds diverge."
     )
 
 
