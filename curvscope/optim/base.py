@@ -230,6 +230,9 @@ class CurvatureOptimizer(Inspection, torch.optim.Optimizer):
     def _check_ready(self) -> None:
         if self._closed:
             raise OptionError(f"This {self.method} was closed; build a new one to go on.")
+        for group in self.param_groups:  # schedules and users may have changed them
+            checks.check_group(group)
+            self._check_group(group)
         self._facts.check(self.model, self.params, self.method)
         modules = {name or ROOT: module for name, module in self.model.named_modules()}
         for block, layer in self.layers.items():
@@ -321,6 +324,15 @@ class CurvatureOptimizer(Inspection, torch.optim.Optimizer):
                 else:
                     p.sub_((lr * part).to(p.dtype))
 
+    def _lengths(self, layer: Layer, update: Tensor) -> list[Tensor]:
+        """How far :meth:`_move` moves: in parts, where they have learning rates of their own."""
+        lr = self._common(layer.block, "lr")
+        if lr is not None:
+            return [lr * update.norm()]
+        pairs = zip((layer.weight, layer.bias), layer.split(update), strict=True)
+        own = [(self.group_of(p), part) for p, part in pairs if p is not None and part is not None]
+        return [float(group["lr"]) * part.norm() for group, part in own]
+
     def _seen_to_run(self, blocks: Iterable[str]) -> None:
         """The layers of these blocks ran in a step; warns if in the first one no layer did.
 
@@ -344,7 +356,8 @@ class CurvatureOptimizer(Inspection, torch.optim.Optimizer):
             if p.grad is None:
                 continue
             group = self.group_of(p)
-            factor = float(group["lr"]) / group["base_lr"] if group["base_lr"] else 1.0
+            lr, whole = float(group["lr"]), float(group.get("max_lr", group["base_lr"]))
+            factor = lr / whole if whole else float(lr > 0)
             fallback_update(
                 self.fallback,
                 p,

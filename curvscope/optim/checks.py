@@ -70,7 +70,9 @@ def plain(value: Any) -> Any:
     """NumPy's numbers as Python's: ``weights_only`` does not load a state that holds others."""
     if type(value) in (tuple, list):
         return type(value)(plain(entry) for entry in value)
-    return value.item() if isinstance(value, np.generic) else value
+    if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0):
+        return value.item()
+    return value
 
 
 def non_negative(name: str, value: Any, *, positive: bool = False, below: float = math.inf) -> Any:
@@ -159,19 +161,29 @@ class Facts:
         named = dict(model.named_parameters())
         for name, p in params.items():
             now = named.get(name)
-            if now is not p:
-                what = "is gone from" if now is None else "was replaced in"
-                problem = f"the parameter {name!r} {what} the model"
+            before, after = self._kinds[name], (p.device, p.dtype, tuple(p.shape))
+            advice = "Build a new optimizer after changing the model"
+            if now is None:
+                problem = "is gone from the model"
+            elif now is not p:
+                problem = "was replaced in the model"
+                if now.requires_grad and tuple(now.shape) == before[2]:
+                    advice += " (load_state_dict can carry the state over)"
             elif not p.requires_grad:
-                problem = f"the parameter {name!r} was frozen"
-            elif (p.device, p.dtype, tuple(p.shape)) != self._kinds[name]:
-                before, after = self._kinds[name], (p.device, p.dtype, tuple(p.shape))
-                problem = f"the parameter {name!r} changed from {before} to {after}"
+                problem = "was frozen"
+                advice = (
+                    "Thaw it; to keep it as it is give it lr=0, in a parameter group of its own, "
+                    "or build a new optimizer without it"
+                )
+            elif after != before:
+                problem = f"changed from {before} to {after}"
+                if after[2] == before[2]:
+                    advice += " (load_state_dict can carry the state over)"
             else:
                 continue
             raise ModelError(
-                f"The model has changed since {method} was built: {problem}. Build a new optimizer "
-                "after changing the model (load_state_dict can carry the state over)."
+                f"The model has changed since {method} was built: the parameter {name!r} {problem}."
+                f" {advice}."
             )
         new = [n for n, p in named.items() if p.requires_grad and n not in params]
         if new and not self._explicit:

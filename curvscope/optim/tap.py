@@ -206,6 +206,7 @@ class _Hook:
             self.tap = weakref.ref(tap)
         self.event, self.layer = event, layer
 
+    @torch._disable_dynamo  # a compiler would trace it anew for every layer, and find nothing
     def __call__(self, module: nn.Module, *args: Any) -> Any:
         tap = self.tap()
         if tap is None or not tap.active or looks_away(tap):
