@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -325,6 +325,7 @@ class KBFGS(CurvatureOptimizer):
     ) -> None:
         """Steps 1 to 3: momentum, input factors, new weights."""
         updates: dict[str, Tensor] = {}
+        self._last = {}
         for k, block in enumerate(active):
             moment, a, z, g = found[4 * k : 4 * k + 4]
             state, layer = self.block_state(block), self.layers[block]
@@ -344,8 +345,8 @@ class KBFGS(CurvatureOptimizer):
         factor = self._shortening(updates)
         for block, update in updates.items():
             if factor < 1:
-                update.mul_(factor)
-                self._last[block]["update_norm"] *= factor
+                kbfgs_block.shorten(update, factor)
+                kbfgs_block.shorten(self._last[block]["update_norm"], factor)
             self._move(self.layers[block], update)
 
     @torch.no_grad()
@@ -375,12 +376,14 @@ class KBFGS(CurvatureOptimizer):
         """By what ``max_update_norm`` multiplies the update; 0 for one that is not finite."""
         if self.max_update_norm is None or not updates:
             return 1.0
-        lrs = [float(self.group_of(self.layers[b].weight)["lr"]) for b in updates]
-        norms = torch.stack([u.norm() for u in updates.values()]).tolist()
-        length = math.hypot(*(lr * norm for lr, norm in zip(lrs, norms, strict=True)))
+        moves = [m for block, u in updates.items() for m in self._lengths(self.layers[block], u)]
+        length = math.hypot(*torch.stack(moves).tolist())
         if not math.isfinite(length):
             return 0.0
         return min(1.0, self.max_update_norm / length) if length else 1.0
+
+    def _load_extra_state(self, extra: Mapping[str, Any]) -> None:
+        self._last = {}  # of steps that are not those of the state
 
     # -- inspection ------------------------------------------------------------------------------
 
@@ -425,7 +428,8 @@ class KBFGS(CurvatureOptimizer):
     def diagnostics(self, *, eigenvalues: bool = True) -> Rows:
         """One row per block: the ``age`` of the factors in steps; counts since the beginning
         (``updates``, ``skipped``, ``damped_on_inverse`` for step 5a, ``damped_on_identity`` for 5b,
-        ``skipped_input`` for ``H_a``, ``not_finite`` pairs); and of the last step ``sy_ss_before``
+        ``skipped_input`` for ``H_a``, ``not_finite`` pairs; of a convolution with groups, each
+        group's); and of the last step, where the layer took part in it, ``sy_ss_before``
         and ``sy_ss_after`` damping, ``secant_residual`` ``||H_g y - s||`` and
         ``secant_residual_input``, the ``angle`` between update and gradient in degrees,
         ``update_norm``; with ``eigenvalues`` (O(n^3)) the extreme ones of ``H_g`` and ``H_a`` and

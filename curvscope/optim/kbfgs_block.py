@@ -61,6 +61,11 @@ def direction(state: State) -> Tensor:
     return memory_times(_memory(state), half)
 
 
+def shorten(value: Tensor, factor: float) -> None:
+    """Multiply in place; by 0 also what is infinite."""
+    _ = value.mul_(factor) if factor else value.zero_()
+
+
 def learn_pair(
     state: State, s_new: Tensor, y_new: Tensor, norm: Tensor, eps: float, smoothing: float
 ) -> dict[str, Tensor]:
@@ -146,15 +151,18 @@ def exact_inverse(H: Tensor, block: str) -> Tensor:
 
 
 def extremes(**factors: Tensor) -> dict[str, float]:
-    """Extreme eigenvalues of named factors, and the condition number of their Kronecker product."""
+    """Extreme eigenvalues of named factors, and the condition number of their Kronecker products.
+
+    Of several groups the extremes of all; an eigenvalue of a product belongs to one group.
+    """
     found: dict[str, float] = {}
-    condition = 1.0
+    low = high = torch.ones((), dtype=torch.float64)
     for name, H in factors.items():
-        values = torch.linalg.eigvalsh(H.double())
-        low, high = float(values.amin()), float(values.amax())
-        found[f"{name}_min"], found[f"{name}_max"] = low, high
-        condition *= high / low if low > 0 else math.inf
-    return {**found, "condition": condition}
+        values = torch.linalg.eigvalsh(H.double()).cpu()  # [groups, n], ascending
+        found[f"{name}_min"], found[f"{name}_max"] = float(values.amin()), float(values.amax())
+        low, high = low * values[:, 0], high * values[:, -1]
+    definite = all(found[f"{name}_min"] > 0 for name in factors)
+    return {**found, "condition": float(high.amax() / low.amin()) if definite else math.inf}
 
 
 def degrees(cosine: Tensor) -> float:

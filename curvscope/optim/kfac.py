@@ -271,6 +271,10 @@ class KFAC(CurvatureOptimizer):
                 state["G"].lerp_(found[2 * k + 1], 1 - self.decay)
                 state["age"] += 1
             state.setdefault("M", state["A"].new_zeros(layer.view.shape))
+        for block in self.layers:  # a layer that has not run has older inverses too
+            old = self.state.get(self._first(block), {})
+            if "age" in old and block not in active:
+                old["age"] += 1
 
     def _inverted(self, block: str, A: Tensor, G: Tensor) -> dict[str, Any]:
         """The factors with their inverses, as a layer's state keeps them."""
@@ -280,6 +284,7 @@ class KFAC(CurvatureOptimizer):
     @torch.no_grad()
     def _descend(self, active: Sequence[str]) -> None:
         """Step 3: momentum and new weights."""
+        self._last = {}
         for block in active:
             state, layer = self.block_state(block), self.layers[block]
             gradient = self._gradient(layer)
@@ -401,8 +406,9 @@ class KFAC(CurvatureOptimizer):
         return found
 
     def diagnostics(self, *, eigenvalues: bool = True) -> Rows:
-        """One row per block: ``age`` of the inverses in steps, the ``angle`` between update and
-        gradient in degrees, ``update_norm``; with ``eigenvalues`` (O(n^3)) the extreme ones of
+        """One row per block: ``age`` of the inverses in steps; of the last step, where the layer
+        took part in it, the ``angle`` between update and gradient in degrees and
+        ``update_norm`` without ``lr``; with ``eigenvalues`` (O(n^3)) the extreme ones of
         ``H_g`` and ``H_a`` and the preconditioner's ``condition``.
         """
         self._eigenvalues = eigenvalues
@@ -415,3 +421,4 @@ class KFAC(CurvatureOptimizer):
 
     def _load_extra_state(self, extra: Mapping[str, Any]) -> None:
         self._statistics.generator.set_state(extra["generator"].cpu())
+        self._last = {}  # of steps that are not those of the state
