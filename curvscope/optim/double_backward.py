@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -62,8 +63,9 @@ def gradient_and_products(
         if "not implemented" in text or "double backward" in text or "twice" in text:
             raise UnsupportedLayerError(
                 f"A layer of the model has no second derivative ({text.splitlines()[0]}). "
-                "Attention has one under torch.nn.attention.sdpa_kernel(SDPBackend.MATH), where "
-                "step(closure) evaluates the closure; compiled models have none."
+                "Attention has one under torch.nn.attention.sdpa_kernel(SDPBackend.MATH), and a "
+                'compiled model under torch.compiler.set_stance("force_eager"): step(closure) '
+                "evaluates its closure under both."
             ) from error
         raise
 
@@ -105,6 +107,8 @@ def twice_differentiable(model: nn.Module, wrapper: nn.Module) -> Iterator[None]
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(FastSecondDerivatives())
+        if "torch._dynamo" in sys.modules:  # compiled code has none, so it runs uncompiled
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         if any(isinstance(m, nn.RNNBase) for m in model.modules()):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         parallel = distributed(wrapper)

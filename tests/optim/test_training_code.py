@@ -8,11 +8,12 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 
 from curvscope import errors
-from curvscope.optim import KBFGS
+from curvscope.optim import KBFGS, AdaHessian
 
 from .every_method import METHODS, ROWS, Method, each_method, mlp, snapshot
 from .kronecker_cases import labels, normal, seeded
@@ -123,3 +124,18 @@ def test_compiled_models_are_trained_as_they_are(method: Method) -> None:
                 model(x)
     assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), inner.parameters()))
     assert optimizers[0].coverage() == optimizers[1].coverage()
+
+
+def test_products_with_the_hessian_of_a_compiled_model() -> None:
+    """Compiled code has no second derivative, so that the closure runs without it."""
+    torch._dynamo.reset()
+    plain, inner = mlp(), mlp()
+    model = torch.compile(inner, backend="aot_eager")
+    x, y = normal(8, 5), labels(8)
+    for net, under in ((plain, plain), (model, inner)):
+        optimizer = AdaHessian(under, lr=0.02)
+        for _ in range(2):
+            optimizer.step(lambda net=net: F.cross_entropy(net(x), y))  # type: ignore[misc]
+    assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), inner.parameters()))
+    with pytest.raises(errors.UnsupportedLayerError, match="compiled model under"):
+        optimizer.backward(F.cross_entropy(model(x), y))
