@@ -353,7 +353,7 @@ class AdaFisher(CurvatureOptimizer):
                 view = MatrixView.for_weight_and_bias(
                     layer.weight.numel(), 1, layer.bias is not None
                 )
-            return DiagonalKroneckerOperator(state["S_D"], H, view)
+            return DiagonalKroneckerOperator(state["S_D"].clone(), H.clone(), view)
         F = self._vector(block, lambda p: self._block_denominator(layer, p))
         return DiagonalOperator(F if kind == "damped" else 1 / F)
 

@@ -278,8 +278,9 @@ class KFAC(CurvatureOptimizer):
 
     def _inverted(self, block: str, A: Tensor, G: Tensor) -> dict[str, Any]:
         """The factors with their inverses, as a layer's state keeps them."""
-        H_g, H_a = damped_inverses(G, A, self._damping(block), self.split)
-        return {"A": A, "G": G, "H_g": H_g, "H_a": H_a, "age": 0}
+        damping = float(self.group_of(self.layers[block].weight)["damping"])
+        H_g, H_a = damped_inverses(G, A, damping, self.split)
+        return {"A": A, "G": G, "H_g": H_g, "H_a": H_a, "age": 0, "damping": damping}
 
     @torch.no_grad()
     def _descend(self, active: Sequence[str]) -> None:
@@ -386,7 +387,9 @@ class KFAC(CurvatureOptimizer):
         return KroneckerOperator(G, A, layer.view, positive_semidefinite=True)
 
     def _damping(self, block: str) -> float:
-        return float(self.group_of(self.layers[block].weight)["damping"])
+        """That of the inverses, which a schedule may have changed since."""
+        now = self.group_of(self.layers[block].weight)["damping"]
+        return float(self.state.get(self._first(block), {}).get("damping", now))
 
     def _factors(self, block: str) -> dict[str, Tensor]:
         raw, inverse = self._operator(block, "raw"), self._operator(block, "preconditioner")

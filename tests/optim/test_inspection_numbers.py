@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import curvscope as cs
 from curvscope.optim import KBFGS, KFAC
 
-from .every_method import METHODS, Method, each_method
-from .kronecker_cases import closure_of, flat, labels, normal, run, seeded, small
+from .every_method import METHODS, Method, each_method, mlp
+from .kronecker_cases import closure_of, flat, labels, normal, relative, run, seeded, small
 
 ROWS = (7, 5)
 kronecker = pytest.mark.parametrize(
@@ -90,6 +91,51 @@ def test_diagnostics_after_loading_are_not_those_of_the_steps_before(method: Met
     other.load_state_dict(saved.state_dict())
     for ours, theirs in zip(other.diagnostics(), saved.diagnostics(), strict=True):
         assert all(theirs[key] == value for key, value in ours.items())
+
+
+@each_method
+def test_operators_hold_no_tensor_of_the_optimizer(method: Method) -> None:
+    model = small()
+    optimizer = method.build(model)
+    method.run(optimizer, model, ROWS, 2)
+    kept = {
+        value.data_ptr()
+        for state in (*optimizer.state.values(), getattr(optimizer, "_window", {}))
+        for value in state.values()
+        if isinstance(value, Tensor)
+    }
+    ops = (optimizer.curvature(), optimizer.curvature(damped=False), optimizer.preconditioner())
+    held = [value for op in ops for block in op.blocks.values() for value in vars(block).values()]
+    held += [value for block in optimizer.blocks for value in optimizer.factors(block).values()]
+    tensors = [value for value in held if isinstance(value, Tensor)]
+    assert tensors and not kept & {value.data_ptr() for value in tensors}
+
+
+def test_damping_of_inverses_is_that_with_which_they_were_made() -> None:
+    model = small()
+    optimizer = KFAC(model, 0.05, 0.1, inverse_every=50)
+    run(optimizer, model, 21)
+    optimizer.param_groups[0]["damping"] = 5.0
+    assert optimizer.curvature().info.settings["damping"] == 0.1
+    run(optimizer, model, 1)
+    assert optimizer.curvature().info.settings["damping"] == 0.1
+    row = optimizer.diagnostics()[0]
+    assert row["age"] == 2 and optimizer.preconditioner().blocks["0"].dense().max() > 1 / 5
+
+
+def test_solve_takes_a_preconditioner_that_leaves_parameters_out() -> None:
+    method = METHODS[0]
+    model = mlp()
+    optimizer = method.build(model)
+    method.run(optimizer, model, ROWS, 4)
+    problem = cs.Problem(model.eval(), nn.CrossEntropyLoss(), (normal(*ROWS), labels(7)))
+    matrix, g = cs.ggn(problem), problem.gradient()
+    truth = torch.linalg.solve(matrix.dense() + 0.1 * torch.eye(len(g)).double(), g)
+    inverse = optimizer.preconditioner()
+    assert inverse.uncovered == ("1",)
+    for given in (inverse, inverse.with_uncovered("zero"), optimizer.curvature().inverse(0.1)):
+        found = cs.solve(matrix, g, damping=0.1, preconditioner=given, tol=1e-10, method="cg")
+        assert found.converged and relative(found.value, truth) < 1e-8
 
 
 @pytest.mark.parametrize("lrs", [(1e-6, 1.0), (1.0, 1e-6)], ids=str)

@@ -19,7 +19,7 @@ from ...errors import (
     check_option,
     counted,
 )
-from ...operators import Operator
+from ...operators import BlockDiagonalOperator, Operator
 from ...progress import track
 from ..align import align
 from ..iterations import ConjugateGradients, Iteration, MinimalResiduals, Multiply, dots
@@ -77,7 +77,8 @@ def solve(
     ``"cg"`` where the matrix is positive semi-definite by construction (GGN, Fisher), and
     ``"minres"`` otherwise (Hessians). ``preconditioner`` is an approximate inverse of
     ``A + damping I``, positive definite: ``cs.kfac(problem).inverse(damping)`` or an optimizer's
-    ``preconditioner()``. ``budget`` is the most products to take (default: 500 per column); what is
+    ``preconditioner()``; parameters that it does not define are multiplied by its mean diagonal
+    entry. ``budget`` is the most products to take (default: 500 per column); what is
     found until then is kept and marked. ``checkpoint`` names a file from which the same call goes
     on after an interruption; it takes one more product.
 
@@ -278,8 +279,20 @@ def _columns(op: Operator, vectors: Any) -> tuple[Tensor, bool]:
 
 
 def _applied(inverse: Operator) -> Multiply:
+    """Products with a preconditioner; it has to be positive in rows that it does not define too."""
+    rest: Tensor | None = None
+    if isinstance(inverse, BlockDiagonalOperator) and inverse.blocks and inverse.uncovered:
+        inverse = inverse.with_uncovered("zero")
+        assert inverse.layout is not None
+        free = torch.ones(inverse.shape[0], 1, dtype=inverse.dtype, device=inverse.device)
+        for name in inverse.blocks:
+            free[inverse.layout.index(inverse.members[name]).to(inverse.device)] = 0
+        if not bool((inverse.diagonal()[free[:, 0] > 0] > 0).any()):  # else damping is there
+            rest = free * float(inverse.trace()) / float((1 - free).sum())
+
     def apply(vectors: Tensor) -> Tensor:
-        return (inverse @ vectors).to(vectors)
+        product = (inverse @ vectors).to(vectors)
+        return product if rest is None else product + rest.to(vectors) * vectors
 
     return apply
 
