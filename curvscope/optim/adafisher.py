@@ -18,6 +18,7 @@ from .factor_diagonals import NORMS, DiagonalCollector, min_max
 from .layer import CONVOLUTIONS, Layer
 from .loss_scale import LossScale, take_scale
 from .passes import call_closure
+from .rows import Rows
 from .tap import LayerCall
 
 AVERAGING = ("paper", "release")
@@ -385,6 +386,14 @@ class AdaFisher(CurvatureOptimizer):
             m = self._vector(block, lambda p: self.state[p]["m"])
             row["angle"] = angle(m / F, m)
         return row
+
+    def diagnostics(self) -> Rows:
+        """One row per block: ``age`` of the statistics in steps and how many ``refreshes`` there
+        were, the extremes ``F_min`` and ``F_max`` of ``F~`` and their quotient ``condition``,
+        ``damping`` over the median of ``F~`` (``damping_share``: 1 where it is all damping), and
+        the ``angle`` between ``m / F~`` and the averaged gradient ``m`` in degrees.
+        """
+        return super().diagnostics()
 
 
 class AdaFisherW(AdaFisher):

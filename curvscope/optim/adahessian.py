@@ -23,6 +23,7 @@ from .double_backward import (
 )
 from .every_parameter import EveryParameter
 from .loss_scale import LossScale, take_scale
+from .rows import Rows
 
 AVERAGING = ("paper", "release", "none")
 Probes = Callable[[list[Tensor]], Sequence[Tensor]]
@@ -400,3 +401,11 @@ class AdaHessian(EveryParameter):
             **spread(F, eps),
             "angle": angle(m / F, m),
         }
+
+    def diagnostics(self) -> Rows:
+        """One row per block: ``age`` of the curvature in steps and how many ``refreshes`` there
+        were, the extremes ``F_min`` and ``F_max`` of ``F = v^^(k/2) + eps`` and their quotient
+        ``condition``, ``eps`` over the median of ``F`` (``damping_share``), and the ``angle``
+        between ``m / F`` and the averaged gradient ``m`` in degrees.
+        """
+        return super().diagnostics()

@@ -419,7 +419,7 @@ class KBFGS(CurvatureOptimizer):
         return {"A": raw.A, "G": raw.G, "H_a": preconditioner.A, "H_g": preconditioner.G}
 
     def _diagnose(self, block: str) -> dict[str, Any]:
-        state = self.block_state(block)
+        state = self.state.get(self._first(block), {})  # reading must not begin an entry
         if "M" not in state:
             return {}
         age = {"age": self.steps - 1 - state["refreshed"]}
@@ -432,8 +432,8 @@ class KBFGS(CurvatureOptimizer):
         group's); and of the last step, where the layer took part in it, ``sy_ss_before``
         and ``sy_ss_after`` damping, ``secant_residual`` ``||H_g y - s||`` and
         ``secant_residual_input``, the ``angle`` between update and gradient in degrees,
-        ``update_norm``; with ``eigenvalues`` (O(n^3)) the extreme ones of ``H_g`` and ``H_a`` and
-        the preconditioner's ``condition``.
+        ``update_norm`` (without ``lr``); with ``eigenvalues`` (O(n^3)) the extreme ones of ``H_g``
+        and ``H_a`` and the preconditioner's ``condition``.
         """
         self._eigenvalues = eigenvalues
         return super().diagnostics()

@@ -397,7 +397,7 @@ class KFAC(CurvatureOptimizer):
         return {"A": raw.A, "G": raw.G, "H_a": inverse.A, "H_g": inverse.G}
 
     def _diagnose(self, block: str) -> dict[str, Any]:
-        state, last = self.block_state(block), self._last.get(block, {})
+        state, last = self.state.get(self._first(block), {}), self._last.get(block, {})
         if "H_a" not in state:
             return {}
         found: dict[str, Any] = {"age": state["age"]}

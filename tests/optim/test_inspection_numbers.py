@@ -111,6 +111,18 @@ def test_operators_hold_no_tensor_of_the_optimizer(method: Method) -> None:
     assert tensors and not kept & {value.data_ptr() for value in tensors}
 
 
+@each_method
+def test_reading_leaves_the_saved_state_as_it_is(method: Method) -> None:
+    model = small()
+    optimizer = method.build(model)
+    for _ in range(2):
+        before = repr(optimizer.state_dict())
+        optimizer.diagnostics(), optimizer.coverage(), optimizer.preconditioner()
+        optimizer.curvature(), optimizer.curvature(damped=False)
+        assert repr(optimizer.state_dict()) == before
+        method.run(optimizer, model, ROWS, 2)
+
+
 def test_damping_of_inverses_is_that_with_which_they_were_made() -> None:
     model = small()
     optimizer = KFAC(model, 0.05, 0.1, inverse_every=50)
