@@ -339,7 +339,13 @@ class CurvatureOptimizer(Inspection, torch.optim.Optimizer):
         All of a method would otherwise be its fallback without a word.
         """
         self._fired.update(blocks)
-        if self.steps == 1 and self.layers and not self._fired:
+        if self.steps == 1 and not self.layers:
+            warnings.warn(
+                f"{self.method} covers none of the model's layers, so {self.fallback} moves all "
+                "parameters: see coverage().",
+                stacklevel=4,
+            )
+        elif self.steps == 1 and not self._fired:
             warnings.warn(
                 f"None of the layers that {self.method} covers was seen to run, so {self.fallback} "
                 "moves their parameters: see coverage(). A model that was compiled and has run "

@@ -28,7 +28,8 @@ def check_differentiable(loss: Any, method: str) -> None:
     if not loss.requires_grad or not loss.is_floating_point():
         raise UnsupportedLossError(
             f"The loss has no graph, so {method} cannot differentiate it: return it as it comes "
-            "out of the loss function, without detach(), item() or torch.no_grad()."
+            "out of the loss function, without detach(), item() or torch.no_grad(), and before "
+            "backward(). Where a trainer calls backward() itself, use its manual optimization."
         )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..layers import pad_input, patches
 from .layer import CONVOLUTIONS, Layer
-from .tap import LayerCall, measuring, watch_gradient
+from .tap import LayerCall, accumulates, measuring, watch_gradient
 
 NORMS = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
@@ -77,22 +77,28 @@ class DiagonalSums:
 class DiagonalCollector:
     """Adds up :class:`DiagonalSums` block by block while a model runs forward and backward.
 
-    ``use`` is to be called with every use of a layer. What is never differentiated is not counted.
+    ``use`` is to be called with every use of a layer. What is never differentiated is not counted,
+    nor are passes whose gradients are gone when the layer is used again (``model.zero_grad()``).
     """
 
     def __init__(self, *, second_axis: bool = False) -> None:
         self.second_axis = second_axis
         self.sums: dict[str, DiagonalSums] = {}
+        self._kept: dict[str, bool] = {}  # whether the gradient went to the weight's .grad
 
     def use(self, call: LayerCall) -> None:
         """A layer has run: sum over its input now, over its output gradient when that is there."""
+        block, weight = call.layer.block, call.layer.weight
+        if block in self.sums and self._kept[block] and weight.grad is None:
+            del self.sums[block]
         h, count = input_sums(call, second_axis=self.second_axis)
         hook = _gradient_hook(weakref.ref(self), call.layer, h, count)
         watch_gradient(call.outputs, hook, call.layer.weight)
 
-    def add(self, block: str, sums: DiagonalSums) -> None:
-        """Count one use of a block's layer."""
-        known = self.sums.get(block)
+    def add(self, layer: Layer, sums: DiagonalSums) -> None:
+        """Count one use of a layer."""
+        block = layer.block
+        known, self._kept[block] = self.sums.get(block), accumulates(layer.weight)
         self.sums[block] = sums if known is None else known + sums
 
     def overflow(self, blocks: Iterable[str]) -> str | None:
@@ -118,7 +124,7 @@ def _gradient_hook(
             with measuring(gradient.device):
                 s = output_sums(layer, gradient.detach())
                 norm = isinstance(layer.module, NORMS)
-                collector.add(layer.block, DiagonalSums(h, s, count, norm))
+                collector.add(layer, DiagonalSums(h, s, count, norm))
 
     return hook
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..problem.losses import Loss
 from . import checks
 from .labels import Head, head_of_outputs, named_loss, read_loss, with_samples
 from .statistics import InputMoments, OutputMoments
-from .tap import LayerCall, gradient_edge, measuring
+from .tap import LayerCall, accumulates, gradient_edge, measuring, reaches
 
 
 @dataclass
@@ -48,6 +48,7 @@ class FisherStatistics:
         self.seen: dict[str, Moments] = {}
         self._terms = 0  # what a named loss averages over, in all passes of the step together
         self._pending: list[tuple[LayerCall, GradientEdge]] = []
+        self._kept: list[Tensor] = []  # weights to whose .grad the gradients seen went
 
     @property
     def without_closure(self) -> bool:
@@ -61,12 +62,14 @@ class FisherStatistics:
 
     def forget_seen(self) -> None:
         """Forget backward passes; forward passes may still be waiting for theirs."""
-        self.seen, self._terms = {}, 0
+        self.seen, self._terms, self._kept = {}, 0, []
 
     # -- what hooks call -------------------------------------------------------------------------
 
     def receive(self, call: LayerCall) -> None:
         """A layer has been used."""
+        if self._kept and all(weight.grad is None for weight in self._kept):
+            self.forget_seen()  # model.zero_grad(): no step will have those gradients
         if self.fisher == "empirical":
             call.on_gradient(self._add_observed)
             return
@@ -90,6 +93,9 @@ class FisherStatistics:
             head = head_of_outputs(outputs, self.loss)
 
             def begin(gradient: Tensor) -> None:
+                if not any(reaches(call.layer.weight) for call, _ in calls):
+                    return  # the derivative in the inputs, for an adversarial example
+                self._keep(call for call, _ in calls if accumulates(call.layer.weight))
                 self._measure_named(head, calls)
 
             later.register_hook(begin)
@@ -114,6 +120,7 @@ class FisherStatistics:
     def read(self, loss: Tensor, again: bool = False) -> None:
         """``loss.backward()`` is about to be called; ``again``: maybe not for the last time."""
         if self._pending and checks.finite(loss):
+            self._keep(call for call, _ in self._pending)
             left = self._measure(read_loss(loss), self._pending)
             self._pending = self._pending if again else left
 
@@ -131,7 +138,13 @@ class FisherStatistics:
 
     # -- measuring -------------------------------------------------------------------------------
 
+    def _keep(self, calls: Iterable[LayerCall]) -> None:
+        """The weights of these layers are about to get a ``.grad``."""
+        self._kept += [call.layer.weight for call in calls]
+
     def _add_observed(self, call: LayerCall, gradient: Tensor) -> None:
+        if accumulates(call.layer.weight):
+            self._keep([call])
         moments = self.seen.setdefault(call.layer.block, Moments())
         moments.inputs.add(call, call.dtype)
         moments.outputs.add(call, gradient, call.dtype)
@@ -193,7 +206,7 @@ class FisherStatistics:
     # -- copies ----------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "seen": {}, "_pending": [], "_terms": 0}
+        state = {**self.__dict__, "seen": {}, "_pending": [], "_terms": 0, "_kept": []}
         return {**state, "generator": self.generator.get_state()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

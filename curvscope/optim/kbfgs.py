@@ -170,6 +170,15 @@ class KBFGS(CurvatureOptimizer):
         means.add_outputs(call, dtype)
         call.on_gradient(lambda call, g: means.add_gradients(call, g, dtype))
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch; what a backward pass has shown of the layers goes too."""
+        super().zero_grad(set_to_none)
+        for block, seen in list(self._seen.items()):
+            if self._phase == "second" and seen.second.gradients is not None:
+                seen.second = OutputMeans()
+            elif self._phase == "first" and seen.first.gradients is not None:
+                del self._seen[block]
+
     def _culprit(self) -> str | None:
         """The first layer, in order of use, that has seen or made NaN or infinity."""
         for block, seen in self._seen.items():

@@ -280,6 +280,19 @@ def _reached(leaf: Any) -> bool:
         return True
 
 
+def reaches(weight: Tensor) -> bool:
+    """Whether the backward pass under way gets to a weight, for ``.grad`` or for its caller."""
+    return _reached(get_gradient_edge(weight).node)
+
+
+def accumulates(weight: Tensor) -> bool:
+    """Whether the backward pass under way ends in ``weight.grad``, as ``backward()`` does."""
+    try:
+        return bool(torch._C._will_engine_execute_node(get_gradient_edge(weight).node))
+    except RuntimeError:  # torch.autograd.grad
+        return False
+
+
 def gradient_edge(output: Tensor) -> GradientEdge:
     """Where the gradient in ``output`` (up to its shape) can be asked for, also later on."""
     return get_gradient_edge(_origin(output))
