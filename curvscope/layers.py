@@ -173,8 +173,8 @@ class Convolution(LayerType):
         return call.outputs.ndim - 1
 
     def _geometry(self, call: Call) -> tuple[int, list[int], list[int]]:
-        dims = call.outputs.ndim - 2
         o = call.options
+        dims = len(o["kernel"])  # the outputs may be those of one sample, without its axis
         return int(o["groups"]), _tuple(o["stride"], dims), _tuple(o["dilation"], dims)
 
     def costly_rows(self, call: Call) -> int:

@@ -17,6 +17,7 @@ from ..errors import SingularError
 
 _ROOT_HALF = math.sqrt(0.5)
 _ROUNDINGS, _REPEATS = 20, 4  # a secant residual above so many roundings is removed
+LEAST = _ROUNDINGS / 4  # eigenvalues below so many roundings of the largest are raised to that
 _SHRUNK = 2  # a matrix that was larger by this factor may have lost definiteness to rounding
 _ASKEW = 30  # so may one that learned from s and y with ||s|| ||y|| above so many s^T y
 SKIP = 1e-4  # an update is skipped if s^T y <= SKIP * s^T s * ||gradient||
@@ -166,7 +167,7 @@ def keep_definite(H: Tensor, peak: Tensor, doubtful: Tensor | bool = False) -> T
         return torch.maximum(peak, now)
     for g in shrunk.flatten().nonzero().flatten().tolist():
         exact = H[g].double()
-        least = _ROUNDINGS / 4 * torch.finfo(H.dtype).eps * float(now[g])
+        least = LEAST * torch.finfo(H.dtype).eps * float(now[g])
         one = torch.eye(len(exact), dtype=exact.dtype, device=exact.device)
         if int(torch.linalg.cholesky_ex(exact - least * one).info):
             values, vectors = torch.linalg.eigh(exact)

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import SingularError
 from .bfgs import (
+    LEAST,
     double_damping,
     guarded_update,
     hessian_action,
@@ -145,9 +147,23 @@ def diagnose(state: State, last: dict[str, Tensor], eigenvalues: bool) -> dict[s
 
 
 def exact_inverse(H: Tensor, block: str) -> Tensor:
-    """The inverse of a stored factor, computed in float64."""
-    what = f"An inverse factor of layer {block!r}"
-    return symmetric_inverse(H.double(), 0.0, what).to(H.dtype)
+    """The inverse of a stored factor, computed in float64.
+
+    Eigenvalues that rounding has brought to zero or below count as those of :func:`keep_definite`,
+    so that the curvature of a run can be read just before it diverges.
+    """
+    exact = H.double()
+    try:
+        return symmetric_inverse(exact, 0.0, f"An inverse factor of layer {block!r}").to(H.dtype)
+    except SingularError:
+        if not bool(torch.isfinite(exact).all()):
+            raise
+        values, vectors = torch.linalg.eigh(exact)
+        least = LEAST * torch.finfo(H.dtype).eps * values[..., -1:]
+        if not bool((least > 0).all()):
+            raise
+        inverse = (vectors / values.maximum(least).unsqueeze(-2)) @ vectors.mT
+        return ((inverse + inverse.mT) / 2).to(H.dtype)
 
 
 def extremes(**factors: Tensor) -> dict[str, float]:

@@ -112,6 +112,50 @@ def test_operators_hold_no_tensor_of_the_optimizer(method: Method) -> None:
 
 
 @each_method
+@pytest.mark.parametrize("dims", [1, 2])
+def test_a_sample_without_its_axis_is_a_batch_of_one(method: Method, dims: int) -> None:
+    kind = (nn.Conv1d, nn.Conv2d)[dims - 1]
+    found = []
+    for single in (False, True):
+        model = seeded(lambda: nn.Sequential(kind(4, 6, 3, groups=2, stride=2), nn.Tanh()))
+        optimizer = method.build(model)
+        for k in range(3):
+            x = normal(1, 4, *[7] * dims, seed=k)
+            optimizer.step(
+                method.closure(
+                    optimizer,
+                    model,
+                    x[0] if single else x,
+                    labels(1),
+                    lambda z, y: F.cross_entropy(z.reshape(6, -1).mean(1)[None], y),
+                )
+            )
+        found.append((flat(model), optimizer.curvature().dense()))
+    for one, other in zip(*found, strict=True):
+        assert relative(one, other) < 1e-9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_curvature_of_factors_that_rounding_left_indefinite(dtype: torch.dtype) -> None:
+    """It is read all the same: the inverse of what the factor is up to rounding."""
+    model = small(dtype=dtype)
+    optimizer = KBFGS(model, 0.05, 0.3)
+    run(optimizer, model, 3)
+    eps = torch.finfo(dtype).eps
+    vectors = torch.linalg.qr(normal(6, 6, seed=3))[0]
+    values = torch.tensor([-2 * eps, 0.5, 0.7, 1.0, 2.0, 3.0]).double()
+    H = ((vectors * values) @ vectors.mT).to(dtype)
+    optimizer.block_state("0")["H_g"][0] = (H + H.mT) / 2
+    G = optimizer.curvature().blocks["0"].G.double()
+    least = torch.linalg.eigvalsh(G)
+    assert float(least[0]) > 0.3 and float(least[-1]) == pytest.approx(1 / (15 * eps), rel=0.1)
+    assert math.isinf(optimizer.diagnostics()[0]["condition"])
+    optimizer.block_state("0")["H_g"][0, 0, 0] = math.nan
+    with pytest.raises(cs.errors.SingularError, match="layer '0'"):
+        optimizer.curvature()
+
+
+@each_method
 def test_reading_leaves_the_saved_state_as_it_is(method: Method) -> None:
     model = small()
     optimizer = method.build(model)
