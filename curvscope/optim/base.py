@@ -324,14 +324,14 @@ class CurvatureOptimizer(Inspection, torch.optim.Optimizer):
                 else:
                     p.sub_((lr * part).to(p.dtype))
 
-    def _lengths(self, layer: Layer, update: Tensor) -> list[Tensor]:
-        """How far :meth:`_move` moves: in parts, where they have learning rates of their own."""
+    def _lengths(self, layer: Layer, update: Tensor) -> list[tuple[float, Tensor]]:
+        """Learning rate and norm of an update: in parts, where they have rates of their own."""
         lr = self._common(layer.block, "lr")
         if lr is not None:
-            return [lr * update.norm()]
+            return [(lr, update.norm())]
         pairs = zip((layer.weight, layer.bias), layer.split(update), strict=True)
         own = [(self.group_of(p), part) for p, part in pairs if p is not None and part is not None]
-        return [float(group["lr"]) * part.norm() for group, part in own]
+        return [(float(group["lr"]), part.norm()) for group, part in own]
 
     def _seen_to_run(self, blocks: Iterable[str]) -> None:
         """The layers of these blocks ran in a step; warns if in the first one no layer did.

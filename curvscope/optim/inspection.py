@@ -126,7 +126,10 @@ class Inspection:
         return "its layer has not been seen to run as a module (its hook never fired)"
 
     def factors(self, block: str) -> dict[str, Tensor]:
-        """The named factors of a block, such as ``A`` and ``G``.
+        """The named factors of a block, such as ``A`` and ``G``; copies.
+
+        Of a convolution with groups they have an axis of groups first. On the input side the last
+        entry belongs to the 1 that a bias appends.
 
         Raises ``UnknownBlockError`` or, for a block that the method does not define,
         ``UncoveredError``.

@@ -386,7 +386,8 @@ class KBFGS(CurvatureOptimizer):
         if self.max_update_norm is None or not updates:
             return 1.0
         moves = [m for block, u in updates.items() for m in self._lengths(self.layers[block], u)]
-        length = math.hypot(*torch.stack(moves).tolist())
+        norms = torch.stack([norm for _, norm in moves]).tolist()
+        length = math.hypot(*(lr * norm for (lr, _), norm in zip(moves, norms, strict=True)))
         if not math.isfinite(length):
             return 0.0
         return min(1.0, self.max_update_norm / length) if length else 1.0
