@@ -51,6 +51,12 @@ class CurvatureOptimizer(Inspection, torch.optim.Optimizer):
     method: ClassVar[str] = "curvature optimizer"
     layer_types: ClassVar[tuple[type[nn.Module], ...]] = ()
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """A compiled training step leaves the optimizer's alone; models in its closure are free."""
+        super().__init_subclass__(**kwargs)
+        if "step" in cls.__dict__:
+            cls.step = torch._disable_dynamo(cls.step)  # type: ignore[method-assign, assignment]
+
     def __init__(
         self,
         model: nn.Module,
@@ -343,7 +349,7 @@ class CurvatureOptimizer(Inspection, torch.optim.Optimizer):
             warnings.warn(
                 f"{self.method} covers none of the model's layers, so {self.fallback} moves all "
                 "parameters: see coverage().",
-                stacklevel=4,
+                stacklevel=checks.outside(),
             )
         elif self.steps == 1 and not self._fired:
             warnings.warn(
@@ -351,7 +357,7 @@ class CurvatureOptimizer(Inspection, torch.optim.Optimizer):
                 "moves their parameters: see coverage(). A model that was compiled and has run "
                 "before has its code without hooks: call torch.compiler.reset() after building the "
                 "optimizer. Under torch.func.vmap layers are not seen.",
-                stacklevel=4,
+                stacklevel=checks.outside(),
             )
 
     @torch.no_grad()

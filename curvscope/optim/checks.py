@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -191,6 +193,18 @@ class Facts:
                 f"The model has changed since {method} was built: {new} are new or no longer "
                 "frozen. Add them with add_param_group, or build a new optimizer."
             )
+
+
+def outside() -> int:
+    """The ``stacklevel`` of a warning that points to the user's line, past torch and this package.
+
+    How many frames of torch lie between differs between versions, and between methods.
+    """
+    inside = (os.path.dirname(torch.__file__), os.path.dirname(__file__))
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def finite(value: Tensor) -> bool:

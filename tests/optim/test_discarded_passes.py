@@ -146,8 +146,9 @@ def test_a_model_without_a_layer_that_the_method_covers(name: str) -> None:
         loss.backward()
         return loss
 
-    with pytest.warns(UserWarning, match="covers none of the model's layers"):
+    with pytest.warns(UserWarning, match="covers none of the model's layers") as told:
         optimizer.step(closure)
+    assert told[0].filename == __file__
     assert {row["rule"] for row in optimizer.coverage()} == {"adam"}
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 
 from curvscope import errors
@@ -124,6 +124,23 @@ def test_compiled_models_are_trained_as_they_are(method: Method) -> None:
                 model(x)
     assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), inner.parameters()))
     assert optimizers[0].coverage() == optimizers[1].coverage()
+
+
+@each_method
+def test_a_compiled_training_step_leaves_that_of_the_optimizer_alone(method: Method) -> None:
+    torch._dynamo.reset()
+    plain, model = mlp(), mlp()
+    optimizer, other = method.build(plain), method.build(model)
+
+    @torch.compile(backend="eager")
+    def train(x: Tensor, y: Tensor) -> Tensor:
+        return other.step(method.closure(other, model, x, y))
+
+    for k in range(2):
+        x, y = normal(8, 5, seed=k), labels(8, seed=k)
+        optimizer.step(method.closure(optimizer, plain, x, y))
+        train(x, y)
+    assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), model.parameters()))
 
 
 def test_products_with_the_hessian_of_a_compiled_model() -> None:
