@@ -63,8 +63,10 @@ class Layout(tuple[ParameterSpec, ...]):
         """Row numbers ``[d]`` of the named parameters, in this layout's order."""
         rows = self.slices()
         wanted = set(self.restrict(names).names)
-        parts = [torch.arange(r.start, r.stop) for n, r in rows.items() if n in wanted]
-        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)
+        parts = [
+            torch.arange(r.start, r.stop, device="cpu") for n, r in rows.items() if n in wanted
+        ]
+        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long, device="cpu")
 
     def split(self, vector: Tensor) -> dict[str, Tensor]:
         """Cut ``[P]`` or ``[P, k]`` into the parameters' shapes (``k`` stays the last axis)."""

@@ -55,8 +55,8 @@ class MatrixView:
             raise OptionError(f"{out} outputs do not fall into {groups} equal groups.")
         if not bias:
             return cls(groups, out // groups, inp)
-        index = torch.arange(out * inp).reshape(out, inp)
-        column = torch.arange(out * inp, out * inp + out).unsqueeze(1)
+        index = torch.arange(out * inp, device="cpu").reshape(out, inp)
+        column = torch.arange(out * inp, out * inp + out, device="cpu").unsqueeze(1)
         return cls(groups, out // groups, inp + 1, torch.cat([index, column], dim=1).flatten())
 
     @property

@@ -172,7 +172,7 @@ def extremes(**factors: Tensor) -> dict[str, float]:
     Of several groups the extremes of all; an eigenvalue of a product belongs to one group.
     """
     found: dict[str, float] = {}
-    low = high = torch.ones((), dtype=torch.float64)
+    low = high = torch.ones((), dtype=torch.float64, device="cpu")
     for name, H in factors.items():
         values = torch.linalg.eigvalsh(H.double()).cpu()  # [groups, n], ascending
         found[f"{name}_min"], found[f"{name}_max"] = float(values.amin()), float(values.amax())

@@ -156,3 +156,23 @@ def test_products_with_the_hessian_of_a_compiled_model() -> None:
     assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), inner.parameters()))
     with pytest.raises(errors.UnsupportedLayerError, match="compiled model under"):
         optimizer.backward(F.cross_entropy(model(x), y))
+
+
+@each_method
+def test_the_default_device_is_no_concern_of_the_optimizer(method: Method) -> None:
+    """Training, reading and copying go by the device of the parameters."""
+    plain, model = mlp(), mlp()
+    optimizer, other = method.build(plain), method.build(model)
+    x, y = normal(8, 5), labels(8)
+    for each, net in ((optimizer, plain), (other, model)):
+        if each is other:
+            torch.set_default_device("meta")
+        try:
+            for _ in range(2):
+                each.step(method.closure(each, net, x, y))
+            each.diagnostics()
+            each.load_state_dict(each.state_dict())
+            assert each.curvature().device == torch.device("cpu")
+        finally:
+            torch.set_default_device(None)
+    assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), model.parameters()))
