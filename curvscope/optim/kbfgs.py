@@ -19,6 +19,7 @@ from .layer import CONVOLUTIONS, Layer
 from .passes import (
     Buffers,
     Closure,
+    Leftovers,
     RandomState,
     call_closure,
     check_closure,
@@ -257,10 +258,12 @@ class KBFGS(CurvatureOptimizer):
         self._check_ready()
         buffers, start = Buffers(self.model), RandomState(self.device)
         self._seen, self._phase = {}, "first"
+        leftovers = Leftovers(self.params.values())
         with self._attached() as tap:
             try:
                 with tap.watching():
                     loss = call_closure(closure, self.method)
+                leftovers.warn_if_added_to(self.method)
                 self._check_gradients()
                 scale, overflow = self._unscale(scaler)
                 if overflow:

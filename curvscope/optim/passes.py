@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from ..errors import OptionError, UnsupportedLossError
 from ..modes import apart
 from ..problem.wrappers import distributed
+from .checks import outside
 
 Closure = Callable[[], Any]
 _NORMS = (nn.modules.batchnorm._NormBase,)
@@ -78,6 +80,27 @@ def call_closure(closure: Closure, method: str) -> Tensor:
             f"The loss is {loss.dtype}; {method} needs a floating-point loss."
         )
     return loss.detach()
+
+
+class Leftovers:
+    """Gradients from before a closure, to which it adds unless it clears them.
+
+    Cleared ones are gone, or were changed twice: set to zero, and then added to.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        grads = [(p, p.grad) for p in parameters]
+        self._before = [(p, g, g._version) for p, g in grads if g is not None]
+
+    def warn_if_added_to(self, method: str) -> None:
+        """Warn where the step takes a sum of which the method saw the last part only."""
+        if any(p.grad is g and g._version == version + 1 for p, g, version in self._before):
+            warnings.warn(
+                f"The closure added to gradients from before it: {method} steps along the sum, but "
+                "its factors are of the closure's passes alone, whose loss may be scaled for the "
+                "sum. Accumulate within the closure, and begin it with optimizer.zero_grad().",
+                stacklevel=outside(),
+            )
 
 
 def check_closure(closure: Any, method: str) -> Closure:

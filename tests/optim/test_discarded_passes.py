@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -163,4 +164,32 @@ def test_a_trainer_that_calls_backward_itself_is_told_of() -> None:
         return loss.detach()
 
     with pytest.raises(errors.UnsupportedLossError, match="manual optimization"):
+        optimizer.step(closure)
+
+
+@pytest.mark.parametrize("memory", [None, 3])
+def test_gradients_from_before_the_closure_are_named(memory: int | None) -> None:
+    """Accumulated outside of it: K-BFGS would see the last part only."""
+    model, (x, y) = net(), batch(0)
+    optimizer = KBFGS(model, 0.05, 0.3, memory=memory)
+
+    def closure() -> Tensor:
+        loss = F.cross_entropy(model(x[4:]), y[4:]) / 2
+        loss.backward()
+        return loss
+
+    (F.cross_entropy(model(x[:4]), y[:4]) / 2).backward()
+    with pytest.warns(UserWarning, match="added to gradients from before it: K-BFGS"):
+        optimizer.step(closure)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for clear in (model.zero_grad, optimizer.zero_grad):
+            for to_none in (True, False):
+
+                def cleared(clear: Any = clear, to_none: bool = to_none) -> Tensor:
+                    clear(set_to_none=to_none)
+                    return closure()
+
+                optimizer.step(cleared)
+        optimizer.zero_grad()
         optimizer.step(closure)
