@@ -12,6 +12,7 @@ from each other, step by step, in float64. Every run is kept in ``--work`` when 
 from __future__ import annotations
 
 import argparse
+import datetime
 import importlib
 import itertools
 import json
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 from curvscope.zoo import datasets, models
 
 STEPS = 60  # of the comparison in float64: one epoch
-OPTIONAL = ("mat4py", "torchvision", "torchvision.transforms", "torchvision.datasets", "pytz")
+UNUSED = ("mat4py", "torchvision", "torchvision.transforms", "torchvision.datasets")
 
 
 class _Enough(Exception):
@@ -44,8 +45,9 @@ class Release:
 
     def __init__(self, folder: str, images: Tensor) -> None:
         sys.path.insert(0, folder)
-        for name in OPTIONAL:  # imported by the code, and not used on this path
+        for name in UNUSED:  # imported by the code
             sys.modules.setdefault(name, mock.MagicMock())
+        sys.modules.setdefault("pytz", mock.Mock(timezone=lambda name: datetime.UTC))
         self.training = importlib.import_module("training_function")
         self.data = importlib.import_module("datasets_utils")
         self.pixels = (images * 255).round().to(torch.uint8).numpy()
