@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import statistics
@@ -37,6 +38,7 @@ from curvscope.zoo import datasets, models
 
 BATCH, DECAY = 1000, 1e-5
 SEEDS = (9999, *range(14))  # 9999 is that of the published run
+PACE = 20  # timed steps
 LOOK_BACK = 6  # steps before a divergence of which the diagnostics are kept
 Make = Callable[[nn.Module], torch.optim.Optimizer]
 
@@ -228,6 +230,27 @@ def _extremes(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, float]]:
     return {row["block"]: {k: row[k] for k in keys} for row in optimizer.diagnostics()}
 
 
+def paces(names: list[str], images: Tensor) -> dict[str, float]:
+    """Seconds per step of every method, one after the other in each round.
+
+    Means of the ``PACE`` steps after the first ``PACE``, in each of which K-FAC takes its inverses.
+    """
+    takers, spent = {}, dict.fromkeys(names, 0.0)
+    for name in names:
+        torch.manual_seed(SEEDS[0])
+        model = models.autoencoder()
+        optimizer = METHODS[name].make(model)
+        warm_start(optimizer, images)
+        takers[name] = (METHODS[name], optimizer, model)
+    batches = itertools.chain.from_iterable(epochs_of(images, SEEDS[0]))
+    for k, batch in enumerate(itertools.islice(batches, 2 * PACE)):
+        for name, taker in takers.items():
+            clock = time.perf_counter()
+            take_step(*taker, batch)
+            spent[name] += (time.perf_counter() - clock) * (k >= PACE)
+    return {name: seconds / PACE for name, seconds in spent.items()}
+
+
 def kept(work: Path, method: Method, images: Tensor, seed: int, epochs: int) -> dict[str, Any]:
     """The run from ``work``, or a new one."""
     name = "".join(c if c.isalnum() else "-" for c in method.name.lower()).strip("-")
@@ -262,6 +285,13 @@ def main() -> None:
         runs[name] = [
             kept(chosen.work, method, images, seed, chosen.epochs) for seed in SEEDS[:seeds]
         ]
+    for name, pace in paces(chosen.only, images).items():
+        for run in runs[name]:
+            per_epoch = pace * (len(images) // BATCH)
+            run |= {
+                "step_seconds": pace,
+                "seconds": [per_epoch * e for e in range(len(run["losses"]))],
+            }
     mnist_report.write({name: runs[name] for name in METHODS if name in runs}, common.machine())
 
 
