@@ -213,7 +213,7 @@ def _beside(losses: dict[str, list[float]]) -> str:
     survived = sum(len(x) > 1 for x in losses.values())
     return (
         f" Of the authors' code, with the same weights, orders and batches on the same machine "
-        f"([`kbfgs_release.py`](../kbfgs_release.py)), {survived} of {len(losses)} survive."
+        f"(`benchmarks/kbfgs_release.py`), {survived} of {len(losses)} survive."
     )
 
 
