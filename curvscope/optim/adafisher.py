@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..errors import NonFiniteError, OptionError, check_option
+from ..errors import NonFiniteError, OptionError, check_count, check_option
 from ..operators import DiagonalKroneckerOperator, DiagonalOperator, MatrixView, Operator
 from .base import CurvatureOptimizer
-from .checks import finite, non_negative, whole_number
+from .checks import finite, non_negative
 from .diagnosing import angle, first_bad_layer, spread
 from .factor_diagonals import NORMS, DiagonalCollector, min_max
 from .layer import CONVOLUTIONS, Layer
@@ -143,7 +143,7 @@ class AdaFisher(CurvatureOptimizer):
     ) -> None:
         check_option("averaging", averaging, AVERAGING)
         self.averaging = averaging
-        self.update_every = whole_number("update_every", update_every)
+        self.update_every = check_count("update_every", update_every)
         self.loss_scale: LossScale = None
         self._fresh = False  # whether parameters came that have no statistics yet
         self._collector = DiagonalCollector(second_axis=averaging == "release")

@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import NonFiniteError, OptionError, check_option
+from ..errors import NonFiniteError, OptionError, check_count, check_option, check_seed
 from ..operators import DiagonalOperator, Operator
 from ..problem.blocks import layer_of
-from .checks import finite, non_negative, seed_number, whole_number
+from .checks import finite, non_negative
 from .diagnosing import angle, first_bad_layer, spread
 from .double_backward import (
     check_differentiable,
@@ -131,8 +131,8 @@ class AdaHessian(EveryParameter):
         if probes is not None and not callable(probes):
             raise OptionError(f"probes={probes!r} must be a function of the list of parameters.")
         self.averaging, self.probes = averaging, probes
-        self.n_probes = whole_number("n_probes", n_probes)
-        self.update_every = whole_number("update_every", update_every)
+        self.n_probes = check_count("n_probes", n_probes)
+        self.update_every = check_count("update_every", update_every)
         self.loss_scale: LossScale = None
         self._drawn: list[list[Tensor]] = []  # probes of the step under way, and products with them
         self._products: list[list[Tensor]] = []
@@ -148,7 +148,7 @@ class AdaHessian(EveryParameter):
             "maximize": maximize,
         }
         super().__init__(target, params, defaults, process_group=process_group)
-        self._generator = torch.Generator(self.device).manual_seed(seed_number(seed))
+        self._generator = torch.Generator(self.device).manual_seed(check_seed(seed))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, with options of their own."""

@@ -89,27 +89,10 @@ def non_negative(name: str, value: Any, *, positive: bool = False, below: float 
     return value
 
 
-def whole_number(name: str, value: Any) -> int:
-    """``value`` as an ``int``; refused unless it is a whole number from 1 on."""
-    value = plain(value)
-    good = isinstance(value, int | float) and not isinstance(value, bool)
-    if not good or not math.isfinite(value) or int(value) != value or value < 1:
-        raise OptionError(f"{name}={value!r} must be a whole number, 1 or more.")
-    return int(value)
-
-
 def flag(name: str, value: Any) -> None:
     """Refuse a switch that is neither on nor off."""
     if not isinstance(value, bool):
         raise OptionError(f"{name}={value!r} must be True or False.")
-
-
-def seed_number(seed: Any) -> int:
-    """``seed`` as an ``int``; refused unless it is a whole number."""
-    seed = plain(seed)
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        raise OptionError(f"seed={seed!r} must be a whole number.")
-    return seed
 
 
 def batches(loader: Any) -> Iterator[Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import DataError, NonFiniteError, OptionError
+from ..errors import DataError, NonFiniteError, OptionError, check_count
 from ..modes import aside
 from ..operators import KroneckerOperator, Operator
 from . import checks, kbfgs_block
@@ -129,7 +129,7 @@ class KBFGS(CurvatureOptimizer):
     ) -> None:
         checks.flag("full_batch", full_batch)
         self.method = "K-BFGS" if memory is None else "K-BFGS(L)"  # type: ignore[misc]
-        self.memory = None if memory is None else checks.whole_number("memory", memory)
+        self.memory = None if memory is None else check_count("memory", memory)
         self.full_batch = full_batch
         self.decay = checks.non_negative("decay", decay, below=1)
         if max_update_norm is not None:

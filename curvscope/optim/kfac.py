@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import DataError, NonFiniteError, OptionError, check_option
+from ..errors import DataError, NonFiniteError, OptionError, check_count, check_option, check_seed
 from ..modes import aside
 from ..operators import KroneckerOperator, Operator
 from . import checks
@@ -139,8 +139,8 @@ class KFAC(CurvatureOptimizer):
         check_option("split", split, ("plain", "trace"))
         self.fisher, self.split = fisher, split
         self.decay = checks.non_negative("decay", decay, below=1)
-        self.inverse_every = checks.whole_number("inverse_every", inverse_every)
-        self._statistics = FisherStatistics(fisher, loss, checks.seed_number(seed))
+        self.inverse_every = check_count("inverse_every", inverse_every)
+        self._statistics = FisherStatistics(fisher, loss, check_seed(seed))
         self._last: dict[str, dict[str, Tensor]] = {}
         self._eigenvalues = True
         defaults = {"lr": lr, "damping": damping, "momentum": momentum}

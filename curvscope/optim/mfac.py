@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..errors import OptionError, UnknownBlockError, nearest
+from ..errors import OptionError, UnknownBlockError, check_count, nearest
 from ..operators import Damped, LowRankOperator, Operator, Provenance
 from ..operators.blocks import MappedBlocks
-from .checks import finite, non_negative, whole_number
+from .checks import finite, non_negative
 from .diagnosing import angle, first_bad_layer
 from .every_parameter import EveryParameter
 from .passes import call_closure
@@ -129,7 +129,7 @@ class MFAC(EveryParameter):
     ) -> None:
         self.damping = non_negative("damping", damping, positive=True)
         self.momentum = non_negative("momentum", momentum, below=1.0)
-        self.memory = whole_number("memory", memory)
+        self.memory = check_count("memory", memory)
         self._window: dict[str, Tensor] = {}
         defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(target, params, defaults, process_group=process_group)
